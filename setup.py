@@ -9,6 +9,9 @@ here = Path(__file__).parent
 cfg = ConfigParser(delimiters=["="], interpolation=None)
 cfg.read(here / "settings.ini", encoding="utf-8")
 cfg = cfg["DEFAULT"]
+
+def lines(key): return [line.strip() for line in cfg[key].splitlines() if line.strip()]
+
 version = re.search(r'__version__ = "(.+?)"', (here / "unify_rl" / "__init__.py").read_text(encoding="utf-8"))[1]
 
 setup(
@@ -25,13 +28,16 @@ setup(
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=["unify_rl*"]),
     include_package_data=True,
-    install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split()},
-    entry_points={"console_scripts": [cfg["console_scripts"]], "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
+    install_requires=lines("requirements"),
+    extras_require={"dev": lines("dev_requirements")},
+    entry_points={"console_scripts": lines("console_scripts"), "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Science/Research",
         "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Operating System :: POSIX :: Linux",
+        "Operating System :: MacOS",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
 )
