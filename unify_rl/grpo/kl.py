@@ -38,7 +38,8 @@ def kl_gaussian(
     "Exact KL between Gaussian steps that share a standard deviation, summed over dimensions."
     std = torch.as_tensor(std, dtype=mean.dtype, device=mean.device)
     if mean.shape != mean_ref.shape or mean.ndim < 3:
-        raise UserError(f"kl_gaussian: both means must be [B, T, ...] of one shape; got {tuple(mean.shape)} and {tuple(mean_ref.shape)}.")
+        raise UserError("kl_gaussian: both means must be [B, T, ...] of one shape; "
+                        f"got {tuple(mean.shape)} and {tuple(mean_ref.shape)}.")
     if not (std > 0).all():
-        raise UserError("kl_gaussian: a step with standard deviation 0 has no KL. Leave ODE steps out, or give the SDE some noise.")
+        raise UserError("kl_gaussian: a step with standard deviation 0 has no KL. Leave ODE steps out or add noise.")
     return (mean - mean_ref).flatten(2).square().sum(-1) / (2 * std.square())
