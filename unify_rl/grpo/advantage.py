@@ -101,7 +101,7 @@ def advantages(
     used_RB = applies_RB & (weights_R != 0).unsqueeze(1)            # a reward of weight 0 only observes
     failed_RB = used_RB & ~scores_RB.isfinite()
     valid_B = ~failed_RB.any(0)
-    scores_RB = scores_RB.where(used_RB & valid_B, 0.0)
+    scores_RB = scores_RB.where(used_RB, 0.0)
     reward_B = weights_R @ scores_RB
     group = lambda x: x.unflatten(-1, (-1, group_size))
     adv_NG, mean_N, std_N, dead_N = normalize_groups(group(reward_B), group(valid_B), baseline, scale, eps)
