@@ -10,5 +10,5 @@ TUTORIALS = Path(__file__).parents[1] / "tutorials"
 def test_tutorial_runs(notebook):
     import nbformat
     from nbclient import NotebookClient
-    client = NotebookClient(nbformat.read(notebook, 4), timeout=300, kernel_name="python3", resources={"metadata": {"path": str(TUTORIALS)}})
-    client.execute()
+    here = {"metadata": {"path": str(TUTORIALS)}}
+    NotebookClient(nbformat.read(notebook, 4), timeout=300, kernel_name="python3", resources=here).execute()
