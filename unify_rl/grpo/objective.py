@@ -39,9 +39,11 @@ def _check(logp_BT, others, adv_B, clip_low, clip_high, beta):
     "A `UserError` that says what to do about inputs of `objective` that do not fit together."
     for name, x in others.items():
         if x is not None and x.shape != logp_BT.shape:
-            raise UserError(f"objective: {name} is {tuple(x.shape)} and logp_BT {tuple(logp_BT.shape)}; they must be the same actions.")
+            raise UserError(f"objective: {name} is {tuple(x.shape)} and logp_BT {tuple(logp_BT.shape)}; "
+                            "they must be the same actions.")
     if adv_B.shape != logp_BT.shape[:1]:
-        raise UserError(f"objective: adv_B is {tuple(adv_B.shape)}, but there must be one advantage for each of {len(logp_BT)} rows.")
+        raise UserError(f"objective: adv_B is {tuple(adv_B.shape)}, but there must be one advantage for each "
+                        f"of {len(logp_BT)} rows.")
     if not (clip_low >= 0 and clip_high >= 0):
         raise UserError(f"objective: clip_low {clip_low} and clip_high {clip_high} must be at least 0 (inf: no clipping).")
     if not beta >= 0: raise UserError(f"objective: beta is {beta}; it must be at least 0.")
