@@ -22,6 +22,8 @@ class Policy(nn.Module):
     "Base class: two verbs, plus what any trainer needs to know about parameters."
     tasks: tuple = ()                  # the prompt tasks it can do
     name: str = "policy"
+    trains: tuple = ()                 # submodules that train unless a recipe says otherwise
+    lora_targets: tuple = ()           # linear layers that get LoRA adapters unless a recipe says otherwise
     remat: bool = False                # recompute activations in the backward pass
     logp_chunk: int = 4096             # tokens whose logits exist at one time
 

@@ -70,6 +70,8 @@ def new_janus(
 class JanusPolicy(Policy):
     "Janus-Pro (transformers): text answers and images as token sequences."
     tasks = ("generate", "answer", "joint")
+    trains = ("language_model",)               # as the CoRL authors: towers, aligners, heads and VQ stay frozen
+    lora_targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     template = "<|User|>: {}\n\n<|Assistant|>:"
 
     def __init__(self, model, processor, name: str = "janus"):
