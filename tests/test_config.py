@@ -123,10 +123,11 @@ def test_free_settings_keep_their_types_and_get_their_floats():
 
 @pytest.mark.parametrize("override", [
     "rollout.group_size=1", "rollout.group_size=0", "steps=0", "steps=-1", "optimizer.lr=0", "optimizer.lr=-1e-3",
-    "optimizer.lr=.inf", "rollout.temperature=0", "rollout.top_p=0", "rollout.top_p=1.5", "rollout.prompts=0", "objective.beta=-1",
-    "objective.clip_low=-.1", "objective.updates=0", "advantage.eps=0", "optimizer.beta1=1", "optimizer.micro_batch=0",
+    "optimizer.lr=.inf", "rollout.temperature=0", "rollout.top_p=0", "rollout.top_p=1.5", "rollout.prompts=0",
+    "objective.beta=-1", "objective.clip_low=-.1", "objective.updates=0", "advantage.eps=0", "optimizer.beta1=1", "optimizer.micro_batch=0",
     "model.logp_chunk=0", "model.lora_rank=-1", "checkpoint.keep=0", "checkpoint.every=-1", "evaluate.prompts=0",
-    "evaluate.batch=0", "threads=-1", "seed=-1", "rollout.cfg=.inf", "policy=", "run_dir=", "optimizer.grad_norm=0", "model.lora_alpha=0"])
+    "evaluate.batch=0", "threads=-1", "seed=-1", "rollout.cfg=.inf", "policy=", "run_dir=", "optimizer.grad_norm=0",
+    "model.lora_alpha=0"])
 def test_out_of_range_names_the_key(override):
     path, value = override.split("=")
     with pytest.raises(UserError) as e: apply_overrides(Config(), [override])
@@ -181,7 +182,8 @@ def test_overrides_of_every_kind_leave_the_original_alone():
     assert b.data.tasks == {"generate": 1, "answer": 1} and b.model.train == ["a", "b"] and b.model.checkpoint_activations is True
     assert (b.objective.kl, b.run_dir, b.evaluate.suites, b.evaluate.prompts) == ("k1", "on", ["s"], 9)
 
-@pytest.mark.parametrize("raw,value", [("007", "007"), ("1e-3", "1e-3"), ("true", "true"), ("null", "null"), ("'quoted'", "quoted"),
+@pytest.mark.parametrize("raw,value", [("007", "007"), ("1e-3", "1e-3"), ("true", "true"), ("null", "null"),
+                                       ("'quoted'", "quoted"),
                                        ("a b", "a b"), ("x: y", "x: y"), ("[1", "[1"), ("~/runs/x", "~/runs/x"), ("@x", "@x")])
 def test_a_text_setting_takes_what_was_typed(raw, value):
     assert apply_overrides(Config(), [f"run_dir={raw}"]).run_dir == value
