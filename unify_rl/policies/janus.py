@@ -38,6 +38,16 @@ def word_tokenizer(words: list[str]):
     return PreTrainedTokenizerFast(tokenizer_object=tok, padding_side="left", **{f"{k}_token": SPECIALS[k] for k in ("pad", "bos", "eos", "unk")},
                                    extra_special_tokens={k: SPECIALS[k] for k in ("image_token", "boi_token", "eoi_token")})
 
+def _scale_init(model) -> None:
+    "Re-draw all weights but the VQ's with the scale that suits a small width."
+    deep = (2 * model.config.text_config.num_hidden_layers) ** -0.5
+    for name, m in model.named_modules():
+        if "vqmodel" in name: continue
+        if isinstance(m, torch.nn.Embedding): torch.nn.init.normal_(m.weight, std=0.3 if "position" in name else 1.0)
+        if isinstance(m, torch.nn.Linear):
+            last = name.endswith(("lm_head", "vision_head"))
+            torch.nn.init.normal_(m.weight, std=0.02 if last else m.in_features**-0.5 * (deep if name.endswith(("o_proj", "down_proj")) else 1.0))
+
 def new_janus(
     words: list[str],           # the vocabulary
     image: int = 24,            # picture size in pixels
@@ -63,6 +73,7 @@ def new_janus(
         image_token_id=tok.convert_tokens_to_ids(SPECIALS["image_token"]), tie_word_embeddings=False)
     torch.manual_seed(seed)
     model = JanusForConditionalGeneration(config)
+    _scale_init(model)
     processor = JanusProcessor(JanusImageProcessor(size=dict(height=image, width=image), min_size=image), tok, num_image_tokens=grid**2)
     return JanusPolicy(model, processor)
 

@@ -53,7 +53,7 @@ def spread_codes(n: int, dim: int, seed: int = 0, steps: int = 300) -> Tensor:
         opt.zero_grad(); loss.backward(); opt.step()
     return F.normalize(codes.detach(), dim=-1)
 
-def distill_vq(policy: JanusPolicy, world: World, seed: int = 0, steps: int = 1500, batch: int = 32, lr: float = 3e-3, track=None) -> dict:
+def distill_vq(policy: JanusPolicy, world: World, seed: int = 0, steps: int = 1000, batch: int = 32, lr: float = 3e-3, track=None) -> dict:
     "Teach the policy's VQ autoencoder the exact codebook; returns the last losses."
     vq, rng, gen = policy.janus.model.vqmodel, rng_for(seed, "vq"), generator_for(seed, "vq")
     book = torch.from_numpy(codebook(world)).float() / 127.5 - 1
@@ -120,8 +120,8 @@ def supervised_loss(policy, parts: list[Part]) -> tuple[Tensor, dict]:
     losses = {p.kind: -policy(p).sum() / p.mask.sum() for p in parts}
     return sum(losses.values()), {k: v.item() for k, v in losses.items()}
 
-def pretrain_lm(policy: JanusPolicy, world: World, folder: Path, seed: int = 0, steps: int = 2400, draws: int = 48, asks: int = 40,
-                lr: float = 1.5e-3, save_every: int = 200, track=None) -> JanusPolicy:
+def pretrain_lm(policy: JanusPolicy, world: World, folder: Path, seed: int = 0, steps: int = 1500, draws: int = 32, asks: int = 32,
+                lr: float = 2e-3, save_every: int = 200, track=None) -> JanusPolicy:
     "Supervised pretraining of everything but the VQ, resumable from `folder`."
     for n, p in policy.named_parameters(): p.requires_grad_("vqmodel" not in n)
     params = [p for p in policy.parameters() if p.requires_grad]
@@ -159,7 +159,7 @@ def pretrain(
 def _tiny_janus(out: Path, seed: int, work: Path, steps, vq_steps, stages, track) -> Path:
     world, policy = World(), new_janus(vocabulary(), seed=seed_for(seed, "tiny-janus") % 2**31)
     tell = lambda stage, total: (lambda s, l: track(stage, s, total, l)) if track else None
-    vq, vq_steps, steps = policy.janus.model.vqmodel, vq_steps or 1500, steps or 2400
+    vq, vq_steps, steps = policy.janus.model.vqmodel, vq_steps or 1000, steps or 1500
     if "vq" in stages and not any((work / "vq").glob("step-*")):
         distill_vq(policy, world, seed, vq_steps, track=tell("vq", vq_steps))
         save_checkpoint(work / "vq", vq_steps, dict(vq=vq.state_dict()))
