@@ -124,8 +124,9 @@ def test_free_settings_keep_their_types_and_get_their_floats():
 @pytest.mark.parametrize("override", [
     "rollout.group_size=1", "rollout.group_size=0", "steps=0", "steps=-1", "optimizer.lr=0", "optimizer.lr=-1e-3",
     "optimizer.lr=.inf", "rollout.temperature=0", "rollout.top_p=0", "rollout.top_p=1.5", "rollout.prompts=0",
-    "objective.beta=-1", "objective.clip_low=-.1", "objective.updates=0", "advantage.eps=0", "optimizer.beta1=1", "optimizer.micro_batch=0",
-    "model.logp_chunk=0", "model.lora_rank=-1", "checkpoint.keep=0", "checkpoint.every=-1", "evaluate.prompts=0",
+    "objective.beta=-1", "objective.clip_low=-.1", "objective.updates=0", "advantage.eps=0", "optimizer.beta1=1",
+    "optimizer.micro_batch=0", "model.logp_chunk=0", "model.lora_rank=-1", "checkpoint.keep=0",
+    "checkpoint.every=-1", "evaluate.prompts=0",
     "evaluate.batch=0", "threads=-1", "seed=-1", "rollout.cfg=.inf", "policy=", "run_dir=", "optimizer.grad_norm=0",
     "model.lora_alpha=0"])
 def test_out_of_range_names_the_key(override):

@@ -148,8 +148,8 @@ def curves(
     shown = [svg(figure(steps, family("reward"), "reward parts"))] if family("reward") else []
     shown += [one(k) for k in sorted(first, key=lambda k: FIRST.index(short(k)))]
     if family("seconds"): shown.append(svg(figure(steps, family("seconds"), "seconds by phase", stacked=True)))
-    more = tag("details", tag("summary", f"more curves ({len(rest)})"), tag("div.panels", *map(one, rest))) if rest else Markup("")
-    return Markup(tag("div.panels", *shown) + more)
+    more = [tag("details", tag("summary", f"more curves ({len(rest)})"), tag("div.panels", *map(one, rest)))] if rest else []
+    return html([tag("div.panels", *shown), *more])
 
 def _number(x): return float(x) if isinstance(x, (int, float)) else math.nan
 
@@ -264,7 +264,8 @@ small, .reason, figcaption, .unclear {color: #666}
 .card td {padding: .1em .3em; vertical-align: top}
 .pair p {margin: 0 0 .4em}
 .pair figure {display: inline-block; width: 46%; margin: 0 1%; vertical-align: top}
-.bar {position: relative; height: 7px; margin: .4em 0 .2em; background: linear-gradient(#999, #999) center/1px 100% no-repeat #f2f2f2}
+.bar {position: relative; height: 7px; margin: .4em 0 .2em}
+.bar {background: linear-gradient(#999 0 0) center/1px 100% no-repeat #f2f2f2}
 .bar i {position: absolute; top: 0; bottom: 0}
 .pos {background: #2e9e4f}
 .neg {background: #c9483f}
@@ -283,7 +284,7 @@ def write_report(
                 ("Notes of the scorers", lambda: _notes(metrics)),
                 ("Outputs before and after", lambda: samples_section(run_dir)),
                 ("Reward groups", lambda: groups_section(run_dir)),
-                ("Configuration", lambda: tag("details", tag("summary", "config.yaml"), tag("pre.config", config)) if config else "")]
+                ("Configuration", lambda: config and tag("details", tag("summary", "config.yaml"), tag("pre.config", config)))]
     title, line = _title(run_dir, config, metrics, summary)
     body = tag("h1", title) + tag("p", line) + "".join(_section(*s) for s in sections)
     head = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}">{tag("title", title)}'
