@@ -91,7 +91,7 @@ def vocabulary() -> list[str]:
     return sorted({w for t in texts for w in re.findall(r"\w+|[^\w\s]+", re.sub(r"</?\w+>", " ", t))})
 
 def training_batch(policy: JanusPolicy, world: World, rng: np.random.Generator, draws: int, asks: int,
-                   wrong: float = 0.4, terse: float = 0.75, dropped: float = 0.1, riddles: float = 0.2) -> list[Part]:
+                   wrong: float = 0.4, terse: float = 0.5, dropped: float = 0.1, riddles: float = 0.2) -> list[Part]:
     "One supervised batch as parts: codes of pictures, tokens of replies. Training combinations only."
     one = lambda options: options[int(rng.integers(len(options)))]
     def draw():
@@ -120,7 +120,7 @@ def supervised_loss(policy, parts: list[Part]) -> tuple[Tensor, dict]:
     losses = {p.kind: -policy(p).sum() / p.mask.sum() for p in parts}
     return sum(losses.values()), {k: v.item() for k, v in losses.items()}
 
-def pretrain_lm(policy: JanusPolicy, world: World, folder: Path, seed: int = 0, steps: int = 1500, draws: int = 32, asks: int = 32,
+def pretrain_lm(policy: JanusPolicy, world: World, folder: Path, seed: int = 0, steps: int = 1800, draws: int = 32, asks: int = 40,
                 lr: float = 2e-3, save_every: int = 200, track=None) -> JanusPolicy:
     "Supervised pretraining of everything but the VQ, resumable from `folder`."
     for n, p in policy.named_parameters(): p.requires_grad_("vqmodel" not in n)
@@ -159,7 +159,7 @@ def pretrain(
 def _tiny_janus(out: Path, seed: int, work: Path, steps, vq_steps, stages, track) -> Path:
     world, policy = World(), new_janus(vocabulary(), seed=seed_for(seed, "tiny-janus") % 2**31)
     tell = lambda stage, total: (lambda s, l: track(stage, s, total, l)) if track else None
-    vq, vq_steps, steps = policy.janus.model.vqmodel, vq_steps or 1000, steps or 1500
+    vq, vq_steps, steps = policy.janus.model.vqmodel, vq_steps or 1000, steps or 1800
     if "vq" in stages and not any((work / "vq").glob("step-*")):
         distill_vq(policy, world, seed, vq_steps, track=tell("vq", vq_steps))
         save_checkpoint(work / "vq", vq_steps, dict(vq=vq.state_dict()))

@@ -67,15 +67,16 @@ OPENINGS = ("a photo of", "a picture of", "an image of", "a drawing of", "a sket
 ENDINGS = ("", " on white paper", " in a simple style")
 TEMPLATES = tuple(o + " {}" + e for o, e in product(OPENINGS, ENDINGS))
 
+def _an(words: str) -> str: return ("an " if words[0] in "aeiou" else "a ") + words
+
 def phrase(category: str, c: tuple) -> str:
     "A drawing combination in English, e.g. ('red', 'circle') -> 'a red circle'."
-    an = lambda words: ("an " if words[0] in "aeiou" else "a ") + words
-    if category == "single_object": return f"{an(c[0])} in the {c[1]}"
-    if category == "two_objects": return f"{an(c[0] + ' ' + c[1])} and {an(c[2])}"
+    if category == "single_object": return f"{_an(c[0])} in the {c[1]}"
+    if category == "two_objects": return f"{_an(c[0] + ' ' + c[1])} and {_an(c[2])}"
     if category == "counting": return f"{NUMBERS[c[0]]} {c[1]} {c[2]}{'es' if c[2] == 'cross' else 's'}"
-    if category == "colors": return an(f"{c[0]} {c[1]}")
-    if category == "position": return f"{an(c[0])} {c[1]} {an(c[2])}"
-    if category == "color_attribution": return f"{an(c[0] + ' ' + c[1])} and {an(c[2] + ' ' + c[3])}"
+    if category == "colors": return _an(f"{c[0]} {c[1]}")
+    if category == "position": return f"{_an(c[0])} {c[1]} {_an(c[2])}"
+    if category == "color_attribution": return f"{_an(c[0] + ' ' + c[1])} and {_an(c[2] + ' ' + c[3])}"
     raise UserError(f"category {category!r} has no drawing phrase. {nearest(category, CATEGORIES)}")
 
 # %% ../../nbs/06_world.prompts.ipynb #constraints
@@ -190,9 +191,9 @@ def edit_prompt(
     "An edit: source picture, instruction, target constraints, what must stay, and a reference."
     target, made, words = {
         "recolor": lambda: ((c[0], c[1]), (c[0], c[2]), f"make the {c[1]} {c[0]} {c[2]}"),
-        "reshape": lambda: ((c[1], c[0]), (c[2], c[0]), f"turn the {c[0]} {c[1]} into a {c[2]}"),
+        "reshape": lambda: ((c[1], c[0]), (c[2], c[0]), f"turn the {c[0]} {c[1]} into {_an(c[2])}"),
         "remove": lambda: ((c[0], c[1]), None, f"remove the {c[1]} {c[0]}"),
-        "add": lambda: (None, (c[1], c[0]), f"add a {c[0]} {c[1]}"),
+        "add": lambda: (None, (c[1], c[0]), f"add {_an(c[0])} {c[1]}"),
     }[category]()
     others = [(s, k) for s in SHAPES for k in COLORS if (s, k) not in (target, made) and (made is None or k != made[1])]
     bystanders = [others[i] for i in rng.choice(len(others), rng.integers(1, world.max_objects - 1), replace=False)]

@@ -13,8 +13,8 @@ import numpy as np
 from ..core import UserError, nearest
 
 # %% auto #0
-__all__ = ['COLORS', 'SHAPES', 'PAPER', 'RELATIONS', 'PLACES', 'World', 'sprite', 'Thing', 'render', 'render_batch', 'layout',
-           'random_scene', 'relations', 'place']
+__all__ = ['COLORS', 'SHAPES', 'PAPER', 'RELATIONS', 'PLACES', 'World', 'sprite', 'Thing', 'render', 'render_batch',
+           'show_pictures', 'layout', 'random_scene', 'relations', 'place']
 
 # %% ../../nbs/01_world.scenes.ipynb #world
 COLORS = dict(red=(220, 40, 40), orange=(250, 140, 20), yellow=(240, 220, 30), green=(40, 165, 70), blue=(45, 85, 225), purple=(150, 50, 190))
@@ -89,6 +89,24 @@ def render(
 def render_batch(scenes, world: World = World()) -> np.ndarray:
     "Draw many scenes: [n, H, W, 3] uint8."
     return np.stack([render(s, world) for s in scenes])
+
+# %% ../../nbs/01_world.scenes.ipynb #show
+def show_pictures(
+    images,                     # pictures, [H, W, 3] uint8
+    titles=(),                  # one for each, wrapped to fit
+    columns: int = 6,
+    width: float = 1.5,         # inches of one picture
+):
+    "Pictures in a framed grid with wrapped titles."
+    import textwrap
+    import matplotlib.pyplot as plt
+    rows = -(-len(images) // columns)
+    fig, axes = plt.subplots(rows, columns, figsize=(width * columns, (width + 0.42 * bool(titles)) * rows), dpi=70, squeeze=False)
+    for ax in axes.ravel()[len(images):]: ax.remove()
+    for i, (ax, image) in enumerate(zip(axes.ravel(), images)):
+        ax.imshow(image); ax.set_xticks([]); ax.set_yticks([])
+        if titles: ax.set_title("\n".join(textwrap.wrap(str(titles[i]), int(16 * width))[:3]), fontsize=7)
+    fig.tight_layout(pad=0.4)
 
 # %% ../../nbs/01_world.scenes.ipynb #layout
 def layout(
