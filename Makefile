@@ -12,7 +12,7 @@ help: ## Show this list
 	@echo "  Another interpreter: make demo PYTHON=python3.12"
 
 demo: $(READY) ## Set up .venv, then train tiny-janus with GRPO and report before/after
-	$(BIN)/unify_rl train grpo
+	$(BIN)/unify_rl train grpo run_dir=runs/demo-$$(date +%Y%m%d-%H%M%S)
 
 test: $(READY) ## Set up .venv, then run every lesson and every default test
 	@# a fresh process for each lesson, two at a time: what one sets (a default dtype, say) must not reach the next

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from ..policies.janus import JanusPolicy, new_janus
 from .checkpoint import load_checkpoint, save_checkpoint
 from ..world.prompts import CATEGORIES, RIDDLES, TEMPLATES, captioned, draw_prompt, draw_prompts, riddle_prompt, riddle_prompts, split_combinations
 from ..world.questions import KINDS, question_combinations, question_prompt, question_prompts, reply
-from ..world.scenes import COLORS, SHAPES, Thing, World, random_scene, render, render_batch
+from ..world.scenes import COLORS, SHAPES, Thing, World, random_scene, render_batch
 
 # %% auto #0
 __all__ = ['RECIPES', 'patches', 'codebook', 'exact_codes', 'spread_codes', 'distill_vq', 'vocabulary', 'training_batch',
@@ -60,7 +60,7 @@ def distill_vq(policy: JanusPolicy, world: World, seed: int = 0, steps: int = 10
     grid, cell, n = world.size // world.cell, world.cell, vq.config.num_embeddings
     vq.quantize.embedding.weight.data.copy_(spread_codes(n, vq.config.embed_dim, seed))
     vectors = vq.quantize.embedding.weight.detach()
-    images = render_batch([random_scene(world, rng) for _ in range(6000)], world)
+    images = render_batch([random_scene(world, rng) for _ in range(min(6000, steps * batch))], world)
     pool, x = exact_codes(images, world), torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
     params = [p for k, p in vq.named_parameters() if not k.startswith("quantize")]
     for p in params: p.requires_grad_(True)
@@ -81,14 +81,15 @@ def distill_vq(policy: JanusPolicy, world: World, seed: int = 0, steps: int = 10
     return losses
 
 # %% ../../nbs/54_train.pretrain.ipynb #data
-def vocabulary() -> list[str]:
+@lru_cache(maxsize=1)
+def vocabulary() -> tuple:
     "Every word of the world: prompts, riddles, questions, replies."
     from unify_rl.world import prompts, questions, scenes
     texts = [p.text for s in ("train", "test") for p in (*draw_prompts(s), *riddle_prompts(s))]
     texts += [w for p in question_prompts("train", 600) for w in (p.text, reply(p), reply(p, worked=False))]
     texts += ["make turn into remove add the a an to from with than yes no nothing looking", "A B C D", " ".join(map(str, range(17)))]
     texts += [*scenes.SHAPES, *scenes.COLORS, *scenes.RELATIONS, *scenes.PLACES, "circles squares triangles crosses", *prompts.NUMBERS.values(), questions.INSTRUCTION, ":"]
-    return sorted({w for t in texts for w in re.findall(r"\w+|[^\w\s]+", re.sub(r"</?\w+>", " ", t))})
+    return tuple(sorted({w for t in texts for w in re.findall(r"\w+|[^\w\s]+", re.sub(r"</?\w+>", " ", t))}))
 
 def training_batch(policy: JanusPolicy, world: World, rng: np.random.Generator, draws: int, asks: int,
                    wrong: float = 0.4, terse: float = 0.5, dropped: float = 0.1, riddles: float = 0.2) -> list[Part]:

@@ -1,0 +1,130 @@
+"""The shipped tiny-janus: that it is what it says, and that sampler and scorer agree on it to rounding."""
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import unify_rl
+from unify_rl.core import generator_for, rng_for
+from unify_rl.world.detectors import detect_components, detect_templates
+from unify_rl.world.prompts import draw_prompts
+from unify_rl.world.questions import question_prompts
+from unify_rl.world.scenes import World, random_scene, render_batch
+
+ASSETS = Path(unify_rl.__file__).parent / "assets"
+
+
+@pytest.fixture(scope="module")
+def policy(): return unify_rl.load_policy("tiny-janus")
+
+
+@pytest.fixture(scope="module")
+def prompts(): return [*draw_prompts("test", 6), *question_prompts("test", 6)]
+
+
+def test_small():
+    assert sum(f.stat().st_size for f in ASSETS.rglob("*") if f.is_file()) < 25e6
+
+
+def test_no_pickle():
+    assert {f.suffix for f in (ASSETS / "tiny-janus").iterdir()} <= {".safetensors", ".json", ".jinja"}
+
+
+def test_transformers_reads_it(policy):
+    from transformers import JanusForConditionalGeneration, JanusProcessor
+    model, info = JanusForConditionalGeneration.from_pretrained(ASSETS / "tiny-janus", output_loading_info=True)
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    ours = policy.janus.state_dict()
+    assert all(torch.equal(v, ours[k]) for k, v in model.state_dict().items())
+    assert JanusProcessor.from_pretrained(ASSETS / "tiny-janus").num_image_tokens == 36
+
+
+def sees(found, scene):
+    return sorted((d.label, d.color) for d in found) == sorted((t.shape, t.color) for t in scene)
+
+
+@pytest.mark.parametrize("detect", [detect_templates, detect_components])
+def test_detectors_on_decoded_pictures(policy, detect):
+    scenes = [random_scene(World(), rng_for("decoded", i)) for i in range(400)]
+    vq = policy.janus.model.vqmodel
+    with torch.no_grad():
+        codes = vq.encode(policy._pixels(list(render_batch(scenes)))).image_tokens.view(400, -1)
+    decoded = policy._show("image", codes)
+    assert np.mean([sees(f, s) for f, s in zip(detect(decoded), scenes)]) >= 0.99
+
+
+def right_padded(part):
+    "The same part with its prompts padded on the right."
+    context = dict(part.context)
+    order = torch.argsort(context["mask"].int(), dim=1, descending=True, stable=True)
+    context |= {k: context[k].gather(1, order) for k in ("ids", "mask")}
+    return replace(part, context=context)
+
+
+@pytest.mark.parametrize("cfg, logp", [(1.0, "conditional"), (3.0, "conditional"), (3.0, "guided")])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_teacher_forcing_equals_sampler(policy, prompts, cfg, logp, side):
+    rollout = policy.sample(prompts, 4, generator_for("exact"), cfg=cfg, logp=logp, temperature=0.9)
+    assert {p.kind for p in rollout.parts} == {"image", "text"}
+    for part in rollout.parts:
+        assert not part.context["mask"].all()                                   # there is padding to get wrong
+        with torch.no_grad(): again = policy(right_padded(part) if side == "right" else part)
+        assert (again - part.logp_old).abs().max() <= 1e-5
+
+
+def hf_logp(policy, part, r):
+    "transformers' own forward over prompt and output, position t predicting token t + 1."
+    model, c, n = policy.janus, int(part.context_index[r]), int(part.mask[r].sum())
+    ids = part.context["ids"][c][part.context["mask"][c]][None]
+    x = model.model.language_model.embed_tokens(ids)
+    if "features" in part.context or "pixels" in part.context:
+        seen = part.context["features"][c:c+1] if "features" in part.context else policy._see(part.context["pixels"][c:c+1])
+        x = x.masked_scatter((ids == model.config.image_token_id)[..., None], seen)
+    embed, head = policy._ends(part.kind)
+    hidden = model.model.language_model(inputs_embeds=torch.cat([x, embed(part.actions[r:r+1, :n])], 1)).last_hidden_state[0]
+    logp = head(hidden).log_softmax(-1)
+    take = lambda start: logp[start:start + n].gather(-1, part.actions[r, :len(logp[start:start + n]), None])[:, 0]
+    return take(ids.shape[1] - 1), take(ids.shape[1])
+
+
+def test_logp_is_aligned(policy, prompts):
+    "The public CoRL trainer scores image tokens with the state *after* them; ours must differ from that and equal the aligned form."
+    rollout = policy.sample(prompts, 2, generator_for("aligned"))
+    for part in rollout.parts:
+        for r in (0, len(part) - 1):
+            with torch.no_grad(): aligned, shifted = hf_logp(policy, part, r)
+            ours = part.logp_old[r, :len(aligned)]
+            assert (ours - aligned).abs().max() <= 1e-4
+            assert (ours[:len(shifted)] - shifted).abs().max() > 0.1
+
+
+def test_guided_greedy_equals_generate(policy):
+    "Our guidance means what transformers' does: greedy decoding picks the same codes."
+    from transformers import GenerationConfig
+    tok, prompt = policy.tokenizer, draw_prompts("test", 1)[0]
+    inputs = tok([policy.template.format(prompt.text) + tok.boi_token], return_tensors="pt")
+    config = GenerationConfig(do_sample=False, guidance_scale=3.0, pad_token_id=tok.pad_token_id, bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id,
+                              max_length=inputs["input_ids"].shape[1] + 36)
+    config.generation_kwargs = {"boi_token_id": tok.convert_tokens_to_ids(tok.boi_token)}
+    theirs = policy.janus.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], generation_mode="image", generation_config=config)
+    ours = policy.sample([prompt], 1, cfg=3.0, temperature=0.0).parts[0].actions
+    assert torch.equal(theirs.view(1, -1), ours)
+
+
+def test_first_update_is_on_policy(policy, prompts):
+    rollout = policy.sample(prompts, 4, generator_for("ratio"))
+    with torch.no_grad(): ratios = [(policy(p) - p.logp_old).exp()[p.mask] for p in rollout.parts]
+    assert all((r - 1).abs().max() < 1e-4 for r in ratios)
+
+
+@pytest.mark.slow
+def test_base_is_honest(policy):
+    "Every category is above chance and leaves something to find (about two minutes)."
+    from unify_rl.evaluate.suites import evaluate, load_suite
+    draw = evaluate(policy, load_suite("shapes-geneval")).by_category()
+    assert all(0.10 <= v["correct"] <= 0.70 for v in draw.values()), draw
+    qa = evaluate(policy, load_suite("shapes-qa")).by_category()
+    chance = dict(existence=0.5, count=0.25, color=0.21, shape=0.25, relation=0.25, compare=0.25)     # half multiple choice of four, half open
+    assert all(v["correct"] > chance[k] for k, v in qa.items()), qa
