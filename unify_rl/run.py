@@ -34,7 +34,8 @@ from .train.runlog import RunLog, logged_steps, read_groups, read_metrics, read_
 
 # %% auto #0
 __all__ = ['SHOWN', 'MAY_CHANGE', 'RESULTS', 'clock', 'pick', 'line', 'board', 'Screen', 'run_suites', 'read_stage',
-           'write_stage', 'Run', 'saved_config', 'as_overrides', 'changes', 'resumed_config', 'resume_command', 'train']
+           'write_stage', 'Run', 'saved_config', 'as_overrides', 'changes', 'resumed_config', 'resume_command',
+           'own_settings', 'quiet', 'train']
 
 # %% ../nbs/75_run.ipynb #words
 SHOWN = {"objective/kl": "KL", "objective/clip_fraction": "clipped", "groups/dead": "dead groups", "samples/failed": "failed"}
@@ -85,13 +86,16 @@ class Screen:
         if self.on: self.console.print(x, style=style, highlight=False, markup=False, soft_wrap=isinstance(x, str))
 
     @contextlib.contextmanager
-    def bar(self, title: str):
-        "A progress bar; gives a function of (done, total)."
+    def bar(self, title: str, every: float = 30.0):
+        "A progress bar, or a line each `every` seconds; gives a function of (done, total, title)."
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
         columns = TextColumn("{task.description}"), BarColumn(bar_width=30), MofNCompleteColumn(), TimeRemainingColumn()
         with Progress(*columns, console=self.console, disable=not self.live, transient=True) as p:
-            task = p.add_task(title, total=None)
-            yield lambda done, total: p.update(task, completed=done, total=total)
+            task, last = p.add_task(title, total=None), [time.monotonic()]
+            def track(done, total, what=title):
+                p.update(task, description=what, completed=done, total=total)
+                if not self.live and time.monotonic() - last[0] >= every: self.say(f"{what} {done}/{total}"); last[0] = time.monotonic()
+            yield track
 
     @contextlib.contextmanager
     def training(self, steps: int, every: float = 10.0):
@@ -236,28 +240,35 @@ def resume_command(cfg: Config) -> str:
     return f"unify_rl train {shlex.quote(cfg.recipe)} --resume {shlex.quote(f'run_dir={cfg.run_dir}')}"
 
 # %% ../nbs/75_run.ipynb #prepare
-def _own_rewards(cfg: Config, rewards: list | None) -> tuple:
-    "(rewards, weights_R); rewards given as objects replace the recipe's, also in the record."
+def own_settings(
+    prompts: list[Prompt] | None,
+    rewards: list | None,           # rewards or (reward, weight) pairs
+) -> list[str]:                     # overrides
+    "Prompts and rewards given as objects, as the configuration records them: a fingerprint, names and weights."
+    mark = lambda: f"given-{seed_for([(p.id, p.task, p.text, p.answer) for p in prompts]):016x}"
+    named = lambda: [{"name": r.name, "weight": w} for r, w in _pairs(rewards)]
+    return as_overrides(({"data.source": mark()} if prompts is not None else {}) | ({"rewards": named()} if rewards is not None else {}))
+
+def _pairs(rewards): return [r if isinstance(r, tuple) else (r, 1.0) for r in rewards]
+
+def _load_rewards(cfg: Config, rewards: list | None) -> tuple:
     if rewards is None: return build_rewards([asdict(r) for r in cfg.rewards])
-    pairs = [r if isinstance(r, tuple) else (r, 1.0) for r in rewards]
-    if not pairs: raise UserError("rewards=[] leaves nothing to learn from; give at least one, or leave it out for the recipe's")
-    return [r for r, _ in pairs], torch.tensor([w for _, w in pairs], dtype=torch.float64)
+    if not rewards: raise UserError("rewards=[] leaves nothing to learn from; give at least one, or leave it out for the recipe's")
+    return [r for r, _ in _pairs(rewards)], torch.tensor([w for _, w in _pairs(rewards)], dtype=torch.float64)
 
-def _record_rewards(rewards: list | None) -> list[str]:
-    "Rewards given as objects, as an override of the configuration."
-    if rewards is None: return []
-    pairs = [r if isinstance(r, tuple) else (r, 1.0) for r in rewards]
-    return as_overrides({"rewards": [{"name": r.name, "weight": w} for r, w in pairs]})
+def _load_prompts(cfg: Config, prompts: list | None) -> list[Prompt]:
+    if prompts is not None: return prompts
+    if cfg.data.source.startswith("given-"):
+        raise UserError("this run was started with prompts=[...] from Python; give the same ones to continue it")
+    return load_prompts(cfg.data.source, cfg.data.split, tuple(t for t, share in cfg.data.tasks.items() if share > 0), cfg.data.path)
 
-def _prepare(cfg: Config, resume: bool, prompts: list | None, rewards: list | None, screen: Screen) -> Trainer:
+def _prepare(cfg: Config, resume: bool, prompts: list | None, rewards: list | None) -> Trainer:
     "Everything a run needs, checked; the run folder is made last."
     if cfg.threads: torch.set_num_threads(cfg.threads)
     torch.manual_seed(seed_for(cfg.seed, "run"))
     for name in cfg.evaluate.suites: load_suite(name, 1)
-    reward_list, weights_R = _own_rewards(cfg, rewards)
-    tasks = tuple(t for t, share in cfg.data.tasks.items() if share > 0)
-    if prompts is None: prompts = load_prompts(cfg.data.source, cfg.data.split, tasks, cfg.data.path)
-    stream = PromptStream(prompts, cfg.data.tasks, cfg.seed)
+    reward_list, weights_R = _load_rewards(cfg, rewards)
+    stream = PromptStream(_load_prompts(cfg, prompts), cfg.data.tasks, cfg.seed)
     policy = load_policy(cfg.policy)
     policy.check_tasks([pool[0] for pool in stream.pools.values()])
     log = RunLog(cfg.run_dir, resume)
@@ -295,12 +306,13 @@ def _finish(cfg: Config, log: RunLog, before: dict, after: dict, screen: Screen)
                f"        {resume_command(cfg)} steps={2 * cfg.steps}      (train on)")
 
 @contextlib.contextmanager
-def _quiet():
-    "Keep the libraries' own chatter away from the screen, and let SIGTERM be as polite as Ctrl-C."
-    from transformers.utils import logging as chatter
+def quiet():
+    "Keep the libraries' own chatter off the screen, and let SIGTERM be as polite as Ctrl-C."
+    def stop(number, frame): raise KeyboardInterrupt
     calm = lambda record: record.levelno > logging.WARNING
     logging.getLogger("DeepSpeed").addFilter(calm)
-    bars, stop = chatter.is_progress_bar_enabled(), lambda number, frame: signal.raise_signal(signal.SIGINT)
+    from transformers.utils import logging as chatter
+    bars = chatter.is_progress_bar_enabled()
     chatter.disable_progress_bar()
     try: old = signal.signal(signal.SIGTERM, stop)
     except ValueError: old = None                                            # not the main thread
@@ -325,16 +337,12 @@ def train(
 ) -> Run:
     "Test, train, test again, report. Interrupted, it saves and says how to continue."
     policy = None if policy is None else str(policy)
-    given, screen = [*_record_rewards(rewards), *as_overrides(settings), *overrides], Screen(progress)
+    given, screen = [*own_settings(prompts, rewards), *as_overrides(settings), *overrides], Screen(progress)
     cfg = (resumed_config if resume else load_config)(recipe, policy, config_file, given)
     screen.say(to_yaml(cfg), style="dim")
-    with _quiet():
-        try:
-            trainer = _prepare(cfg, resume, prompts, rewards, screen)
-            _stages(cfg, trainer, resume, screen)
-        except KeyboardInterrupt:
-            screen.say(f"interrupted; continue with\n  {resume_command(cfg)}")
-            raise
+    with quiet():
+        try: _stages(cfg, _prepare(cfg, resume, prompts, rewards), resume, screen)
+        except KeyboardInterrupt: raise KeyboardInterrupt(f"interrupted; continue with\n  {resume_command(cfg)}") from None
     return Run(cfg.run_dir)
 
 def _stages(cfg: Config, trainer: Trainer, resume: bool, screen: Screen) -> None:
