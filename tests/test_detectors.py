@@ -12,7 +12,8 @@ from unify_rl.world.detectors import detect_components, detect_templates, same_s
 from unify_rl.world.scenes import COLORS, SHAPES, Thing, World, random_scene, relations, render, render_batch
 
 DETECTORS = [detect_templates, detect_components]
-WORLDS = {"default": World(), "free": World(free=True), "hard": World(size=48, cell=8, free=True), "many": World(size=64, max_objects=8, free=True)}
+WORLDS = {"default": World(), "free": World(free=True), "hard": World(size=48, cell=8, free=True),
+          "many": World(size=64, max_objects=8, free=True)}
 
 def degrade(images, rng, noise=10, blur=0.5):
     soft = ndimage.gaussian_filter(images.astype(float), (0, blur, blur, 0))
@@ -69,7 +70,8 @@ def test_changes_of_the_scene_are_seen(detect):
     for _ in range(100):
         scene = random_scene(World(), rng)
         t, rest = scene[0], scene[1:]
-        for other in [Thing(s, t.color, t.x, t.y) for s in SHAPES if s != t.shape] + [Thing(t.shape, c, t.x, t.y) for c in COLORS if c != t.color]:
+        for other in [Thing(s, t.color, t.x, t.y) for s in SHAPES if s != t.shape] + [Thing(t.shape, c, t.x, t.y) for c in COLORS
+                if c != t.color]:
             assert not same_scene(detect([render((other,) + rest)])[0], scene)
         assert not same_scene(detect([render(rest)])[0], scene)
 
@@ -85,7 +87,8 @@ def test_templates_do_not_depend_on_the_batch():
     a, b = detect_templates(images), detect_templates(images, batch=3)
     assert [[(d.label, d.color, d.box) for d in f] for f in a] == [[(d.label, d.color, d.box) for d in f] for f in b]
 
-@pytest.mark.parametrize("bad", [np.zeros((2, 24, 24, 3), np.float32), np.zeros((2, 24, 24), np.uint8), np.zeros((2, 24, 24, 4), np.uint8)])
+@pytest.mark.parametrize("bad", [np.zeros((2, 24, 24, 3), np.float32), np.zeros((2, 24, 24), np.uint8), np.zeros((2, 24, 24, 4),
+        np.uint8)])
 @pytest.mark.parametrize("detect", DETECTORS)
 def test_what_is_no_picture_is_refused(detect, bad):
     with pytest.raises(UserError, match="uint8"): detect(bad)
@@ -93,7 +96,8 @@ def test_what_is_no_picture_is_refused(detect, bad):
 def test_the_detectors_share_no_code():
     "No function of the module is reachable from both."
     defs = {n: f for n, f in vars(detectors).items() if inspect.isfunction(f) and f.__module__ == detectors.__name__}
-    defs |= {n: f.__wrapped__ for n, f in vars(detectors).items() if hasattr(f, "__wrapped__") and f.__module__ == detectors.__name__}
+    defs |= {n: f.__wrapped__ for n, f in vars(detectors).items() if hasattr(f, "__wrapped__")
+             and f.__module__ == detectors.__name__}
     def reach(name, seen):
         for node in ast.walk(ast.parse(inspect.getsource(defs[name]))):
             if isinstance(node, ast.Name) and node.id in defs and node.id not in seen: seen.add(node.id); reach(node.id, seen)

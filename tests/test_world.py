@@ -3,7 +3,8 @@ from collections import Counter
 
 import pytest
 
-from unify_rl.world.prompts import (CATEGORIES, EDITS, RIDDLES, combinations, constraints, draw_prompts, edit_prompts, is_held_out,
+from unify_rl.world.prompts import (CATEGORIES, EDITS, RIDDLES, combinations, constraints, draw_prompts, edit_prompts,
+                                    is_held_out,
                                     riddle_prompts, scene_for, split_combinations)
 from unify_rl.world.questions import KINDS, question_combinations, question_prompts
 from unify_rl.world.scenes import World

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Any, Callable, Sequence
+from inspect import signature
+from typing import Callable, Sequence
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from ..world.scenes import World, place, relations
 
 # %% auto #0
 __all__ = ['RULES', 'NUMBER_WORDS', 'REWARDS', 'Seen', 'check_constraints', 'extract_answer', 'normalize', 'same_answer',
-           'well_formed', 'Reward', 'per_sample', 'Eyes', 'build_rewards', 'ScoreTable', 'score']
+           'well_formed', 'Reward', 'per_sample', 'Eyes', 'build_rewards', 'check_prompts', 'ScoreTable', 'score']
 
 # %% ../../nbs/30_rewards.verifiable.ipynb #rules
 @dataclass
@@ -32,11 +33,12 @@ class Seen:
     def of(self, shape: str = "", color: str = "") -> list:
         return [d for d in self.objects if shape in ("", d.label) and color in ("", d.color)]
 
-def _n(n: int, what: str) -> str: return f"{n} {what}{'' if n == 1 else 's'}"
+def _n(n: int, what: str) -> str: return f"{n} {what}{'' if n == 1 else 'es' if what.endswith('s') else 's'}"
 
 def _total(s: Seen, n): return len(s.objects) == n, f"wants {_n(n, 'thing')}, sees {len(s.objects)}"
 def _count(s: Seen, shape, n): return (k := len(s.of(shape))) == n, f"wants {_n(n, shape)}, sees {k}"
-def _color(s: Seen, shape, color, n=1): return (k := len(s.of(shape, color))) == n, f"wants {_n(n, color + ' ' + shape)}, sees {k}"
+def _color(s: Seen, shape, color, n=1):
+    return (k := len(s.of(shape, color))) == n, f"wants {_n(n, color + ' ' + shape)}, sees {k}"
 def _absent(s: Seen, shape="", color=""): return not s.of(shape, color), f"wants no {color} {shape}".replace("  ", " ")
 
 def _place(s: Seen, shape, place):
@@ -54,7 +56,8 @@ def _relation(s: Seen, a, relation, b):
 def _kept(s: Seen, shape, color, box, tolerance=0.35):
     middle = lambda q: np.array([(q[0] + q[2]) / 2, (q[1] + q[3]) / 2])
     far = tolerance * max(box[2] - box[0], 1)
-    return any(np.abs(middle(d.box) - middle(box)).max() <= far for d in s.of(shape, color)), f"wants the {color} {shape} kept at {tuple(box[:2])}"
+    ok = any(np.abs(middle(d.box) - middle(box)).max() <= far for d in s.of(shape, color))
+    return ok, f"wants the {color} {shape} kept at {tuple(box[:2])}"
 
 def _size(s: Seen, height, width): return tuple(s.size) == (height, width), f"wants {height}x{width}, is {s.size[0]}x{s.size[1]}"
 def _aspect(s: Seen, ratio, tolerance=0.02):
@@ -76,11 +79,17 @@ def check_constraints(
     seen = Seen(detections, tuple(size), text or "")
     out = []
     for c in prompt.constraints:
-        if c.kind not in RULES: raise UserError(f"prompt {prompt.id!r}: unknown constraint {c.kind!r}. {nearest(c.kind, RULES)}")
-        try: ok, why = RULES[c.kind](seen, **c.params)
-        except TypeError as e: raise UserError(f"prompt {prompt.id!r}: constraint {c.kind!r} has the wrong parameters {dict(c.params)}: {e}") from None
+        ok, why = _rule(prompt, c)(seen, **c.params)
         out.append((bool(ok), why))
     return out
+
+def _rule(prompt: Prompt, c) -> Callable:
+    "The rule for a constraint, or a `UserError` naming the prompt."
+    if c.kind not in RULES: raise UserError(f"prompt {prompt.id!r}: unknown constraint {c.kind!r}. {nearest(c.kind, RULES)}")
+    try: signature(RULES[c.kind]).bind(None, **c.params)
+    except TypeError as e:
+        raise UserError(f"prompt {prompt.id!r}: constraint {c.kind!r} has the wrong parameters {dict(c.params)}: {e}") from None
+    return RULES[c.kind]
 
 # %% ../../nbs/30_rewards.verifiable.ipynb #answer
 NUMBER_WORDS = dict(zip("zero one two three four five six seven eight nine ten".split(), range(11)))
@@ -92,30 +101,45 @@ def extract_answer(text: str | None) -> tuple:
     if len(found) > 1: return None, f"{len(found)} answers"
     return (found[0].strip(), "") if found[0].strip() else (None, "the answer is empty")
 
-def normalize(answer: str):
-    "A number if it is one, else lower-case words without punctuation or articles."
-    t = answer.strip().lower().rstrip(".")
-    m = re.fullmatch(r"([-+]?\d[\d,]*(?:\.\d+)?)\s*(%|[a-z]*)", t)
-    if m: return float(m[1].replace(",", ""))
-    if t in NUMBER_WORDS: return float(NUMBER_WORDS[t])
-    return " ".join(w for w in re.sub(r"[^\w\s]", " ", t).split() if w not in ("a", "an", "the"))
+_NUMBER = re.compile(r"([-+]?(?:\d{1,3}(?:,\d{3})+|\d{1,15})(?:\.\d+)?)\s*(%|[a-z]+)?")
+
+def normalize(answer: str) -> tuple:
+    "What an answer means: (number, unit), or (words, '') in lower case without punctuation and articles."
+    t = re.sub(r"^[^\w+-]+|[^\w%]+$", "", answer.strip().lower())
+    first, _, rest = t.partition(" ")
+    t = f"{NUMBER_WORDS.get(first, first)} {rest}".strip()
+    m = _NUMBER.fullmatch(t)
+    if m: return float(m[1].replace(",", "")), m[2] or ""
+    words = " ".join(w for w in t.split() if w not in ("a", "an", "the"))
+    return " ".join(re.sub(r"[^\w\s]", " ", words).split()), ""
+
+def _means(given: str, truth: str) -> bool:
+    "Equal numbers or equal words; a unit counts only if both name one."
+    (a, unit_a), (b, unit_b) = normalize(given), normalize(truth)
+    return a == b and (not unit_a or not unit_b or unit_a == unit_b)
 
 def same_answer(given: str, truth: str, choices: Sequence[str] = ()) -> bool:
     "Whether an answer equals the truth: a letter or its option for multiple choice, a number or words otherwise (CoRL C3)."
-    if not choices: return normalize(given) == normalize(truth)
-    letter = re.fullmatch(r"\(?([A-Za-z])\)?(?:[.:)]\s*(.*))?", given.strip(), re.S)
-    if letter: return letter[1].upper() == truth.upper()
-    right = choices[ord(truth.upper()) - ord("A")]
-    return normalize(given) == normalize(right)
+    if not choices: return _means(given, truth)
+    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[:len(choices)]
+    by_text = next((i for i, o in enumerate(choices) if _means(truth, o)), -1)
+    right = letters.find(truth.strip().upper()) if len(truth.strip()) == 1 else by_text
+    if right < 0: raise ValueError(f"the right answer {truth!r} is none of the {len(choices)} choices")
+    said = re.fullmatch(r"[(\[]?([A-Za-z])(?:[)\].:]+|(?=\s)|$)\s*(.*)", given.strip(" \t\n*`'\""), re.S)
+    if said and said[1].upper() in letters and not _means(given, choices[right]):
+        return said[1].upper() == letters[right] and (not said[2] or _means(said[2], choices[right]))
+    return _means(given, choices[right])
 
 # %% ../../nbs/30_rewards.verifiable.ipynb #format
-_FORM = re.compile(r"\s*<think>((?:(?!</?(?:think|answer)>).)*)</think>\s*<answer>((?:(?!</?(?:think|answer)>).)*)</answer>\s*", re.S)
+_INSIDE = r"(?:(?!</?(?:think|answer)>).)*"
+_FORM = re.compile(rf"\s*<think>{_INSIDE}</think>\s*<answer>{_INSIDE}</answer>\s*", re.S)
 
 def well_formed(text: str | None) -> tuple:
     "(True, '') if the whole text is <think>…</think><answer>…</answer>, else (False, why)."
     if _FORM.fullmatch(text or ""): return True, ""
     missing = [t for t in ("<think>", "</think>", "<answer>", "</answer>") if (text or "").count(t) != 1]
-    return False, f"{missing[0]} appears {(text or '').count(missing[0])} times" if missing else "text outside the tags, or tags out of order"
+    if not missing: return False, "text outside the tags, or tags out of order"
+    return False, f"{missing[0]} appears {(text or '').count(missing[0])} times"
 
 # %% ../../nbs/30_rewards.verifiable.ipynb #reward
 @dataclass
@@ -125,6 +149,7 @@ class Reward:
     judge: Callable                         # (prompts_B, rollout) -> Scores
     tasks: tuple
     cost: str = "cheap"                     # 'cheap' or 'model'
+    check: Callable | None = None           # (prompt) -> None, or a `UserError` if it could never be judged; asked before a run
 
     def __call__(self, prompts_B: list, rollout: Rollout) -> Scores: return self.judge(prompts_B, rollout)
 
@@ -132,42 +157,76 @@ def per_sample(
     name: str,
     judge: Callable,                        # (prompt, text, image) -> number, or (number, reason); None: cannot tell
     tasks: tuple = ("generate", "answer", "edit", "joint"),
+    check: Callable | None = None,          # see `Reward`
 ) -> Reward:
     "A reward from a plain function of one sample."
-    def both(prompts_B, rollout):
-        out = [judge(p, t, i) for p, t, i in zip(prompts_B, rollout.texts, rollout.images)]
-        pairs = [o if isinstance(o, tuple) else (o, "") for o in out]
+    def one(prompt, text, image):
+        try:
+            out = judge(prompt, text, image)
+            value, reason = out if isinstance(out, tuple) else (out, "")
+            return None if value is None else float(value), str(reason)
+        except UserError: raise
+        except Exception as e: return None, f"{type(e).__name__}: {e}"
+    def each(prompts_B, rollout):
+        pairs = [one(*sample) for sample in zip(prompts_B, rollout.texts, rollout.images)]
         return Scores([v for v, _ in pairs], [r for _, r in pairs])
-    return Reward(name, both, tuple(tasks))
+    return Reward(name, each, tuple(tasks), check=check)
 
 # %% ../../nbs/30_rewards.verifiable.ipynb #builtin
 class Eyes:
     "A detector that remembers its last batch of pictures, so that two rewards cost one detection."
-    def __init__(self, detect: Callable = detect_templates): self.detect, self._last, self._found = detect, None, None
+    def __init__(self,
+        detect: Callable = detect_templates,    # (images, world) -> a list of `Detection`s for each picture
+        world: World | None = None,             # None: worked out from the size of each picture
+    ):
+        self.detect, self.world, self._last, self._found = detect, world, [], []
 
-    def __call__(self, images: list) -> list:
-        if self._last is None or len(images) != len(self._last) or any(a is not b for a, b in zip(images, self._last)):
-            sizes = {im.shape for im in images}
-            if len(sizes) > 1: raise ValueError(f"pictures of several sizes in one batch: {sorted(sizes)}")
-            self._found, self._last = self.detect(images, World(size=images[0].shape[0], cell=max(images[0].shape[0] // 6, 3))), list(images)
+    def __call__(self, images: list) -> list:   # for each picture its `Detection`s; None for a sample without one
+        if len(images) != len(self._last) or any(a is not b for a, b in zip(images, self._last)):
+            found, by_size = [None] * len(images), {}
+            for b, im in enumerate(images):
+                if im is not None: by_size.setdefault(im.shape, []).append(b)
+            for shape, rows in by_size.items():
+                for b, f in zip(rows, self.detect([images[b] for b in rows], self.world or _world(shape[0]))): found[b] = f
+            self._found, self._last = found, list(images)
         return self._found
+
+def _world(size: int) -> World:
+    "The usual world of that picture size: about six cells along a side."
+    cells = [c for c in range(3, size // 2 + 1) if size % c == 0]
+    if not cells or not 16 <= size <= 64:
+        raise UserError(f"the rewards 'constraints' and 'strict' read pictures of the shapes world (16 to 64 pixels, "
+                        f"whole cells), not of {size} pixels")
+    return World(size=size, cell=min(cells, key=lambda c: abs(c - size / 6)))
 
 def _rules(name: str, combine: Callable, eyes: Eyes) -> Reward:
     def judge(prompts_B, rollout):
         values, reasons = [], []
-        for p, img, found in zip(prompts_B, rollout.images, eyes(rollout.images)):
-            checks = check_constraints(p, found, img.shape[:2])
+        for p, img, text, found in zip(prompts_B, rollout.images, rollout.texts, eyes(rollout.images)):
+            checks = [] if img is None else check_constraints(p, found, img.shape[:2], text)
             values.append(combine([ok for ok, _ in checks]) if checks else None)
             wrong = [why for ok, why in checks if not ok]
-            reasons.append("no constraints to check" if not checks else "all satisfied" if not wrong else "; ".join(wrong))
+            n = len(checks)
+            said = f"{n - len(wrong)} of {n}: " + "; ".join(wrong) if wrong else f"all {n} satisfied"
+            reasons.append("there is no picture" if img is None else said if n else "the prompt has no constraints to check")
         return Scores(values, reasons)
-    return Reward(name, judge, ("generate", "edit", "joint"))
+    def check(prompt):
+        if not prompt.constraints:
+            raise UserError(f"prompt {prompt.id!r} has no constraints, so reward {name!r} cannot judge it. Leave one of them out")
+        for c in prompt.constraints: _rule(prompt, c)
+    return Reward(name, judge, ("generate", "edit", "joint"), check=check)
 
 def _accuracy(prompt, text, image):
     if prompt.answer is None: return None, "the prompt has no answer to compare with"
     answer, why = extract_answer(text)
     if answer is None: return 0.0, why
     return float(same_answer(answer, prompt.answer, prompt.choices)), f"said {answer!r}, right is {prompt.answer!r}"
+
+def _has_answer(prompt):
+    try: same_answer("", prompt.answer, prompt.choices)
+    except (AttributeError, ValueError) as e:
+        why = "has no answer" if prompt.answer is None else f"cannot be judged: {e}"
+        raise UserError(f"prompt {prompt.id!r} {why}; reward 'accuracy' needs one. Mend the data, or leave it out") from None
 
 def _answer_format(prompt, text, image):
     ok, why = well_formed(text)
@@ -176,7 +235,7 @@ def _answer_format(prompt, text, image):
 REWARDS: dict[str, Callable] = dict(
     constraints=lambda eyes: _rules("constraints", np.mean, eyes),
     strict=lambda eyes: _rules("strict", lambda oks: float(all(oks)), eyes),
-    accuracy=lambda eyes: per_sample("accuracy", _accuracy, ("answer", "joint")),
+    accuracy=lambda eyes: per_sample("accuracy", _accuracy, ("answer", "joint"), _has_answer),
     format=lambda eyes: per_sample("format", _answer_format, ("answer", "joint")),
 )
 
@@ -193,6 +252,16 @@ def build_rewards(
     if not rewards: raise UserError("no rewards are given: there is nothing to learn from")
     return rewards, torch.tensor(weights, dtype=torch.float64)
 
+def check_prompts(
+    prompts: list,              # all prompts of a run
+    rewards: list,              # its rewards
+) -> None:
+    "Before the first step: a `UserError` names the first prompt that a reward for its task could not judge."
+    for r in rewards:
+        check = getattr(r, "check", None)
+        for p in prompts:
+            if check and p.task in r.tasks: check(p)
+
 # %% ../../nbs/30_rewards.verifiable.ipynb #score
 @dataclass
 class ScoreTable:
@@ -203,10 +272,17 @@ class ScoreTable:
     errors: dict = field(default_factory=dict)      # reward name -> samples it failed on
     notes: list = field(default_factory=list)       # what went wrong, in words
 
-def score(rewards: list, prompts_B: list, rollout: Rollout, on_error: str = "mask") -> ScoreTable:
+def score(
+    rewards: list,              # R objects with name, tasks and `(prompts_B, rollout) -> Scores`
+    prompts_B: list,            # one prompt a sample
+    rollout: Rollout,           # B samples
+    on_error: str = "mask",     # a reward fails: 'mask' the samples, or 'stop' the run
+) -> ScoreTable:
     "Ask every reward about the samples of its tasks."
+    if on_error not in ("mask", "stop"): raise UserError(f"unknown on_error {on_error!r}. {nearest(on_error, ('mask', 'stop'))}")
     R, B = len(rewards), len(rollout)
-    table = ScoreTable(torch.full((R, B), torch.nan, dtype=torch.float64), torch.zeros(R, B, dtype=torch.bool), [[""] * B for _ in rewards])
+    table = ScoreTable(torch.full((R, B), torch.nan, dtype=torch.float64), torch.zeros(R, B, dtype=torch.bool),
+                       [[""] * B for _ in rewards])
     for k, reward in enumerate(rewards):
         idx = [b for b, p in enumerate(prompts_B) if p.task in reward.tasks]
         if not idx: continue
@@ -217,8 +293,10 @@ def score(rewards: list, prompts_B: list, rollout: Rollout, on_error: str = "mas
         failed = [b for b, v in zip(idx, values) if not np.isfinite(v)]
         if not failed: continue
         table.errors[reward.name] = len(failed)
-        table.notes.append(f"reward {reward.name!r} failed on {len(failed)} of {len(idx)} samples: {problem or table.reasons[k][failed[0]] or 'no reason given'}")
-        if on_error == "stop": raise UserError(f"{table.notes[-1]} (first: prompt {prompts_B[failed[0]].id!r}). Mend the reward, or set on_error=mask")
+        cause = problem or table.reasons[k][failed[0]] or "it gave no number"
+        table.notes.append(f"reward {reward.name!r} failed on {len(failed)} of {len(idx)} samples: {cause}")
+        if on_error == "stop":
+            raise UserError(f"{table.notes[-1]} (first: prompt {prompts_B[failed[0]].id!r}). Mend it, or set on_error=mask")
     return table
 
 def _ask(reward, prompts: list, rollout: Rollout, idx: list) -> tuple:
@@ -226,7 +304,7 @@ def _ask(reward, prompts: list, rollout: Rollout, idx: list) -> tuple:
     sub = Rollout(prompts, 1, [], [rollout.texts[b] for b in idx], [rollout.images[b] for b in idx])
     try:
         got = reward(prompts, sub)
-        got = got if isinstance(got, Scores) else Scores(list(got), [""] * len(list(got)))
+        if not isinstance(got, Scores): raise TypeError(f"it returned {type(got).__name__}, not Scores")
         if len(got.values) != len(idx): raise ValueError(f"it returned {len(got.values)} values for {len(idx)} samples")
     except UserError: raise
     except Exception as e:

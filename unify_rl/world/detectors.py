@@ -96,7 +96,8 @@ def same_scene(
     "Were exactly the things of the scene found: shape, color, place, and nothing else?"
     left = list(found)
     for t in scene:
-        hit = [d for d in left if (d.label, d.color) == (t.shape, t.color) and max(abs(d.box[0] - t.x), abs(d.box[1] - t.y)) <= tol]
+        near = [d for d in left if max(abs(d.box[0] - t.x), abs(d.box[1] - t.y)) <= tol]
+        hit = [d for d in near if (d.label, d.color) == (t.shape, t.color)]
         if not hit: return False
         left.remove(hit[0])
     return not left
