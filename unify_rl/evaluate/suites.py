@@ -201,13 +201,14 @@ def table(
 ):                                  # rich.table.Table
     "Before and after of every suite and category, as a table for the terminal."
     from rich.table import Table
+    from rich.text import Text
     missing = [c["unsupported"] for c in suites.values() if "unsupported" in c]
     t = Table("suite", title="held-out, before and after training", caption="; ".join(dict.fromkeys(missing)) or None)
     for name in ("before", "after", "change", "95 % interval", "n"): t.add_column(name, justify="right")
     def add(label, r, style=None):
         lo, hi = r["ci95"]
         color = "green" if lo > 0 else "red" if hi < 0 else "default"
-        t.add_row(label, f"{r['before']:.3f}", f"{r['after']:.3f}", f"[{color}]{r['after'] - r['before']:+.3f}[/]", f"{lo:+.3f} to {hi:+.3f}", str(r["n"]), style=style)
+        t.add_row(label, f"{r['before']:.3f}", f"{r['after']:.3f}", Text(f"{r['after'] - r['before']:+.3f}", color), f"{lo:+.3f} to {hi:+.3f}", str(r["n"]), style=style)
     for name, c in suites.items():
         if "unsupported" in c: t.add_row(name, *"---", "not evaluated", "-", style="dim"); continue
         add(name, c["overall"], "bold")
