@@ -7,8 +7,8 @@ from unify_rl.core import Prompt, rng_for
 from unify_rl.evaluate.suites import SUITES, load_suite
 from unify_rl.rewards.verifiable import check_constraints
 from unify_rl.world.detectors import detect_templates
-from unify_rl.world.prompts import (CATEGORIES, RIDDLES, captioned, constraints, draw_prompts, edit_prompts, is_held_out, riddle_prompts,
-                                    split_combinations)
+from unify_rl.world.prompts import (CATEGORIES, RIDDLES, captioned, constraints, draw_prompts, edit_prompts, is_held_out,
+                                    riddle_prompts, split_combinations)
 from unify_rl.world.questions import KINDS, question_prompts
 from unify_rl.world.scenes import World, render_batch
 
@@ -65,7 +65,8 @@ def test_a_wrong_caption_of_pretraining_shows_no_held_out_scene():
     "A picture that does not fit its caption is the picture of another training prompt, not of a held-out one."
     prompts = [p for p in draw_prompts("train", 120) if p.category in ("colors", "counting", "color_attribution")]
     found = detect_templates(render_batch(captioned(prompts, World(), rng_for("wrong"), wrong=1.0)))
-    rules = {c: [Prompt("x", "generate", "x", constraints=constraints(c, k)) for k in split_combinations(c, "test")] for c in CATEGORIES}
+    rule = lambda c, k: Prompt("x", "generate", "x", constraints=constraints(c, k))
+    rules = {c: [rule(c, k) for k in split_combinations(c, "test")] for c in CATEGORIES}
     fits = lambda rule, objects: all(ok for ok, _ in check_constraints(rule, objects, (24, 24)))
     shown = [p.id for p, objects in zip(prompts, found) if any(fits(r, objects) for r in rules[p.category])]
     assert len(prompts) == 60 and not shown

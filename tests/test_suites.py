@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from unify_rl.core import Detection, Rollout, UserError, rng_for
+from unify_rl.core import Detection, Prompt, Rollout, UserError, rng_for
 from unify_rl.evaluate import suites
 from unify_rl.evaluate.suites import SUITES, Result, compare, evaluate, load_suite, said_last, table
 from unify_rl.policies.base import Policy
@@ -54,7 +54,8 @@ def test_every_verdict_is_the_known_one(name):
     for c, v in res.by_category().items():
         assert v["correct"] == np.mean([ok for ok, p in zip(policy.luck, suite.prompts) if p.category == c])
     assert [(n, g) for n, g, _ in policy.calls] == [(100, 1), (100, 1), (40, 1)]
-    assert policy.calls[0][2] == dict(temperature=0.0 if name == "shapes-qa" else .9, cfg=2.0, max_text=64), "questions are answered greedily"
+    greedy = name == "shapes-qa"
+    assert policy.calls[0][2] == dict(temperature=0.0 if greedy else .9, cfg=2.0, max_text=64)
 
 
 def test_noise_depends_on_seed_suite_and_batch_only():
@@ -71,7 +72,8 @@ def test_scorers_that_differ_are_seen_to_differ(monkeypatch):
     "A first detector that is fooled: it sees what the prompt wants in every picture."
     suite = load_suite("shapes-geneval", 60)
     colors = [p for p in suite.prompts if p.category == "colors"]
-    def fooled(images, world): return [[Detection(p.meta["combination"][1], p.meta["combination"][0], (8, 8, 16, 16))] for p in colors]
+    wanted = [p.meta["combination"] for p in colors]
+    def fooled(images, world): return [[Detection(shape, color, (8, 8, 16, 16))] for color, shape in wanted]
     monkeypatch.setattr(suites, "detect_templates", fooled)
     res = evaluate(Known(0.0), suites.Suite("shapes-geneval", "generate", colors))
     assert (res.overall, res.mean("second"), res.agreement) == (1.0, 0.0, 0.0)
@@ -138,9 +140,9 @@ def test_samples_fit_the_run_log(tmp_path):
     assert seen[:3] == [(20, 48), (40, 48), (48, 48)]
 
 
-@pytest.mark.parametrize("text, right", [("<think> red circle 2 3 </think> <answer> 3 </answer>", True), ("3", True), (" 3 . ", True),
-                                         ("<think> red circle 2 3", False), ("<answer> 13 </answer>", False), ("<answer> 3 </answer> or 2", False),
-                                         ("<answer> </answer>", False), ("", False)])
+@pytest.mark.parametrize("text, right", [
+    ("<think> red circle 2 3 </think> <answer> 3 </answer>", True), ("3", True), (" 3 . ", True),
+    ("<think> red circle 2 3", False), ("<answer> 13 </answer>", False), ("<answer> 3 </answer> or 2", False),
+    ("<answer> </answer>", False), ("", False)])
 def test_second_scorer_of_answers(text, right):
-    from unify_rl.core import Prompt
     assert said_last(text, Prompt("q", "answer", "how many?", answer="3")) == right

@@ -15,7 +15,8 @@ def options(parser, repeats: int):
     "The options of every script, parsed; `clock` becomes the function to time with."
     parser.add_argument("--repeats", type=int, default=repeats, help=f"interleaved repetitions (default: {repeats})")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="'cpu' counts CPU seconds: for one thread on a busy machine")
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall",
+                        help="'cpu' counts CPU seconds: for one thread on a busy machine")
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
     a.about = f"{a.repeats} interleaved repetitions, {a.clock} time, {machine()}"
@@ -48,18 +49,21 @@ def ratio(slow: list[float], fast: list[float]) -> str:
 def machine() -> str:
     import os
     import transformers
-    return f"{torch.get_num_threads()} thread(s) of {os.cpu_count()} cores, torch {torch.__version__}, transformers {transformers.__version__}"
+    threads = f"{torch.get_num_threads()} thread(s) of {os.cpu_count()} cores"
+    return f"{threads}, torch {torch.__version__}, transformers {transformers.__version__}"
 
 
 def small_llama(vocabulary: int, hidden: int, layers: int, heads: int, context: int, **ids):
     "A Llama with random weights."
     from transformers import LlamaConfig, LlamaForCausalLM
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, hidden_size=hidden, intermediate_size=hidden * 11 // 4, num_hidden_layers=layers,
-                                        num_attention_heads=heads, max_position_embeddings=context, **ids))
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, hidden_size=hidden, intermediate_size=hidden * 11 // 4,
+                                        num_hidden_layers=layers, num_attention_heads=heads,
+                                        max_position_embeddings=context, **ids))
 
 
-def grpo_step(model, optimizer, ids_NP: Tensor, mask_NP: Tensor, group_size: int, length: int, reward: Callable, generator: torch.Generator) -> float:
+def grpo_step(model, optimizer, ids_NP: Tensor, mask_NP: Tensor, group_size: int, length: int,
+              reward: Callable, generator: torch.Generator) -> float:
     "Sample, score, compare, update: one on-policy GRPO step without a reference; returns the mean reward."
     body, head, embed = model.model, model.lm_head, model.model.embed_tokens
     with torch.no_grad():

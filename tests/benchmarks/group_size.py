@@ -31,9 +31,11 @@ def main() -> None:
     cases = [(P, G) for P in a.prompt_lengths for G in a.groups]
     seconds = interleave({case: job(*case) for case in cases}, a.repeats, a.clock)
 
-    print(f"{a.prompts} prompts, outputs of {a.length} tokens; Llama of {a.layers} layers, width {a.hidden}\n{a.about}\n")
+    print(f"{a.prompts} prompts, outputs of {a.length} tokens; Llama of {a.layers} layers, width {a.hidden}")
+    print(f"{a.about}\n")
     first = a.groups[0]
-    print(f"| prompt tokens | G | median s a step | times G={first} | G grew by | growth / growth of G |\n|---|---|---|---|---|---|")
+    print(f"| prompt tokens | G | median s a step | times G={first} | G grew by | growth / growth of G |")
+    print("|---|---|---|---|---|---|")
     for P, G in cases:
         grew = median(x / y for x, y in zip(seconds[P, G], seconds[P, first]))
         print(f"| {P} | {G} | {median(seconds[P, G]):.3f} | {grew:.2f} | {G / first:.0f} | {grew / (G / first):.2f} |")

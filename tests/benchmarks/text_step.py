@@ -2,8 +2,9 @@
 
     python tests/benchmarks/text_step.py
 
-Equal: Llama configuration and first weights, prompts, outputs of a fixed length, reward on decoded text, advantages by
-mean and standard deviation, no reference (beta 0), clipping, AdamW, gradient clipping, one update a rollout, no activation checkpointing.
+Equal: Llama configuration and first weights, prompts, outputs of a fixed length, reward on decoded text,
+advantages by mean and standard deviation, no reference (beta 0), clipping, AdamW, gradient clipping,
+one update a rollout, no activation checkpointing.
 The two take steps in turn. TRL also logs entropies and completions; that is part of its step.
 """
 import argparse
@@ -40,12 +41,15 @@ def take_turns(model, tokenizer, prompts: list[str], G: int, length: int, lr: fl
     B = len(prompts) * G
     with tempfile.TemporaryDirectory() as folder:
         config = GRPOConfig(
-            output_dir=folder, use_cpu=True, bf16=False, max_steps=repeats + 1, per_device_train_batch_size=B, num_generations=G, gradient_accumulation_steps=1,
-            num_iterations=1, max_completion_length=length, generation_kwargs={"min_new_tokens": length}, temperature=1.0, top_k=0, top_p=1.0,
-            beta=0.0, epsilon=0.2, loss_type="grpo", scale_rewards="group", learning_rate=lr, lr_scheduler_type="constant", weight_decay=0.0,
-            optim="adamw_torch", max_grad_norm=1.0, gradient_checkpointing=False, logging_steps=10**6, save_strategy="no", report_to="none", disable_tqdm=True)
-        trainer = GRPOTrainer(model, reward_funcs=watched, args=config, train_dataset=Dataset.from_dict({"prompt": prompts * (repeats + 1)}),
-                              processing_class=tokenizer, callbacks=[Turns()])
+            output_dir=folder, use_cpu=True, bf16=False, max_steps=repeats + 1,
+            disable_tqdm=True, logging_steps=10**6, save_strategy="no", report_to="none",
+            per_device_train_batch_size=B, num_generations=G, gradient_accumulation_steps=1, num_iterations=1,
+            gradient_checkpointing=False,
+            max_completion_length=length, generation_kwargs={"min_new_tokens": length}, temperature=1.0, top_k=0, top_p=1.0,
+            beta=0.0, epsilon=0.2, loss_type="grpo", scale_rewards="group",
+            optim="adamw_torch", learning_rate=lr, lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=1.0)
+        data = Dataset.from_dict({"prompt": prompts * (repeats + 1)})
+        trainer = GRPOTrainer(model, watched, config, train_dataset=data, processing_class=tokenizer, callbacks=[Turns()])
         trainer.train()
     return {k: v[1:] for k, v in seconds.items()}, mean_reward
 
@@ -63,19 +67,22 @@ def main() -> None:
 
     tokenizer = word_tokenizer([f"w{i}" for i in range(243)])
     draw = rng_for("text_step")
-    prompts = [" ".join(f"w{k}" for k in draw.integers(0, 243, a.prompt_length - 1)) for _ in range(a.prompts)]     # the tokenizer adds one
+    words = a.prompt_length - 1                                                             # the tokenizer adds one token
+    prompts = [" ".join(f"w{k}" for k in draw.integers(0, 243, words)) for _ in range(a.prompts)]
     ids = dict(pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
     theirs = small_llama(len(tokenizer), a.hidden, a.layers, a.hidden // 32, 512, **ids)
     mine = copy.deepcopy(theirs).train()
     optimizer = torch.optim.AdamW(mine.parameters(), 1e-3, weight_decay=0.0)
     batch, generator = tokenizer(prompts, return_tensors="pt"), torch.Generator().manual_seed(0)
     judge = lambda tokens: reward(tokenizer.batch_decode(tokens, skip_special_tokens=True))
-    ours = lambda: grpo_step(mine, optimizer, batch["input_ids"], batch["attention_mask"].bool(), a.group, a.length, judge, generator)
+    ids_NP, mask_NP = batch["input_ids"], batch["attention_mask"].bool()
+    ours = lambda: grpo_step(mine, optimizer, ids_NP, mask_NP, a.group, a.length, judge, generator)
     seconds, mean = take_turns(theirs, tokenizer, prompts, a.group, a.length, 1e-3, a.repeats, a.clock, ours)
 
     import trl
-    print(f"\n{a.prompts} prompts x G {a.group} x {a.length} tokens after {batch['input_ids'].shape[1]}; Llama of {a.layers} layers, width {a.hidden}"
-          f"\n{a.about}, trl {trl.__version__}\n")
+    print(f"\n{a.prompts} prompts x G {a.group} x {a.length} tokens after {ids_NP.shape[1]}; "
+          f"Llama of {a.layers} layers, width {a.hidden}")
+    print(f"{a.about}, trl {trl.__version__}\n")
     print("| | median s a step | mean reward, first and last step |\n|---|---|---|")
     for name in seconds: print(f"| {name} | {median(seconds[name]):.3f} | {mean[name][0]:.3f}, {mean[name][-1]:.3f} |")
     print(f"\ntimes as fast: {ratio(seconds['TRL'], seconds['ours'])}")

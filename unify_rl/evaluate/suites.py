@@ -123,8 +123,10 @@ class Result:
     def samples(self) -> tuple[list, list]:
         "Rows and pictures for `RunLog.log_samples`."
         verdict = lambda r: f"{r['text']} | {r['reason']}" if r["text"] else r["reason"]
-        rows = [dict(suite=self.suite, prompt_id=r["id"], category=r["category"], prompt=r["prompt"], text=r["text"], correct=r["correct"],
-                     second=r["second"], caption=f"{'right' if r['correct'] else 'wrong'}: {verdict(r)}") for r in (self.rows[i] for i in self.pictures)]
+        said = lambda r: f"{'right' if r['correct'] else 'wrong'}: {verdict(r)}"
+        keys = ("category", "prompt", "text", "correct", "second")
+        kept = [self.rows[i] for i in self.pictures]
+        rows = [dict(suite=self.suite, prompt_id=r["id"], caption=said(r), **{k: r[k] for k in keys}) for r in kept]
         return rows, list(self.pictures.values())
 
     def to_json(self) -> str:
@@ -135,7 +137,8 @@ class Result:
     def from_json(cls, text: str) -> "Result":
         "What `to_json` wrote."
         try: return cls(**json.loads(text))
-        except (ValueError, TypeError) as e: raise UserError(f"this is not an evaluation result ({e}); delete the file and evaluate again") from None
+        except (ValueError, TypeError) as e:
+            raise UserError(f"this is not an evaluation result ({e}); delete the file and evaluate again") from None
 
 # %% ../../nbs/62_evaluate.suites.ipynb #evaluate
 _CANNOT = dict(generate="draw pictures", answer="answer questions about pictures", edit="edit pictures")
@@ -166,7 +169,8 @@ def evaluate(
     "One output for each prompt of a suite, judged by both scorers."
     settings = dict(seed=seed, batch=batch, cfg=cfg, temperature=0.0 if suite.task == "answer" else temperature)
     if suite.task not in policy.tasks:
-        return Result(suite.name, [], settings, f"{policy.name} cannot {_CANNOT[suite.task]}: its tasks are {', '.join(policy.tasks)}")
+        why = f"{policy.name} cannot {_CANNOT[suite.task]}: its tasks are {', '.join(policy.tasks)}"
+        return Result(suite.name, [], settings, why)
     rows, pictures, kept = [], {}, _keep(suite.prompts, keep)
     for k, start in enumerate(range(0, len(suite.prompts), batch)):
         prompts = suite.prompts[start:start + batch]
@@ -190,8 +194,9 @@ def compare(
     "What changed, with 95 % paired intervals; `{'unsupported': why}` if there is nothing to compare."
     if not (before.supported and after.supported): return dict(unsupported=before.why or after.why)
     if before.suite != after.suite or [r["id"] for r in before.rows] != [r["id"] for r in after.rows]:
-        raise UserError(f"cannot compare {before.suite} ({len(before.rows)} prompts) with {after.suite} ({len(after.rows)} prompts): "
-                        "the prompts differ. Evaluate both with the same suite, evaluate.prompts and seed")
+        name = lambda r: f"{r.suite} ({len(r.rows)} prompts)"
+        raise UserError(f"cannot compare {name(before)} with {name(after)}: the prompts differ. "
+                        "Evaluate both with the same suite, evaluate.prompts and seed")
     return dict(overall=_change(before, after), categories={c: _change(before, after, category=c) for c in before.categories},
                 second=_change(before, after, "second"), agreement=dict(before=before.agreement, after=after.agreement))
 
@@ -208,7 +213,8 @@ def table(
     def add(label, r, style=None):
         lo, hi = r["ci95"]
         color = "green" if lo > 0 else "red" if hi < 0 else "default"
-        t.add_row(label, f"{r['before']:.3f}", f"{r['after']:.3f}", Text(f"{r['after'] - r['before']:+.3f}", color), f"{lo:+.3f} to {hi:+.3f}", str(r["n"]), style=style)
+        change = Text(f"{r['after'] - r['before']:+.3f}", color)
+        t.add_row(label, f"{r['before']:.3f}", f"{r['after']:.3f}", change, f"{lo:+.3f} to {hi:+.3f}", str(r["n"]), style=style)
     for name, c in suites.items():
         if "unsupported" in c: t.add_row(name, *"---", "not evaluated", "-", style="dim"); continue
         add(name, c["overall"], "bold")
