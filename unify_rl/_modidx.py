@@ -274,6 +274,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'unify_rl.policies.load._assets': ('policies.load.html#_assets', 'unify_rl/policies/load.py'),
                                         'unify_rl.policies.load.check_folder': ( 'policies.load.html#check_folder',
                                                                                  'unify_rl/policies/load.py'),
+                                        'unify_rl.policies.load.family_of': ('policies.load.html#family_of', 'unify_rl/policies/load.py'),
                                         'unify_rl.policies.load.find_policy': ( 'policies.load.html#find_policy',
                                                                                 'unify_rl/policies/load.py'),
                                         'unify_rl.policies.load.hub_folder': ('policies.load.html#hub_folder', 'unify_rl/policies/load.py'),

@@ -49,13 +49,15 @@ def recipe_list() -> str:
     from importlib.resources import files
     from unify_rl.train.config import recipes
     first = lambda name: (files("unify_rl")/"recipes"/f"{name}.yaml").read_text(encoding="utf-8").partition("\n")[0]
-    return "\n".join(f"  {name:12} {line.lstrip('# ') if (line := first(name)).startswith('#') else ''}".rstrip() for name in recipes())
+    comment = lambda line: line.lstrip("# ") if line.startswith("#") else ""
+    return "\n".join(f"  {name:12} {comment(first(name))}".rstrip() for name in recipes())
 
 def parser() -> Parser:
     "The four verbs and their options."
     from unify_rl import __version__
     p = Parser(prog="unify_rl", description="Reinforcement learning for unified multimodal models.",
-               epilog="examples\n  unify_rl train grpo steps=20\n  unify_rl eval --policy runs/grpo-tiny-janus-s0/policy\n  unify_rl train --help")
+               epilog="examples\n  unify_rl train grpo steps=20\n  unify_rl eval --policy runs/grpo-tiny-janus-s0/policy\n"
+                      "  unify_rl train --help")
     p.add_argument("--version", action="version", version=__version__)
     verbs = p.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=Parser)
 
@@ -74,7 +76,8 @@ def parser() -> Parser:
     v.add_argument("settings", nargs="*", metavar="key=value", help="single settings, over all others, see below")
 
     v = verb("eval", evaluate, "test a policy on held-out suites")
-    v.add_argument("--policy", metavar="P", default="tiny-janus", help="a shipped name, a folder, or a hub name; default: %(default)s")
+    v.add_argument("--policy", metavar="P", default="tiny-janus",
+                   help="a shipped name, a folder, or a hub name; default: %(default)s")
     v.add_argument("--suites", metavar="A,B", help="which suites; default: all")
     v.add_argument("--cfg", type=float, default=1.0, metavar="W", help="guidance scale of pictures; default: %(default)s, none")
     v.add_argument("--prompts", type=int, default=720, metavar="N", help="prompts of each suite; default: %(default)s")
@@ -94,13 +97,14 @@ def parser() -> Parser:
 def train(args) -> int:
     "`unify_rl train`"
     from unify_rl.run import resume_command, train as start
-    run = start(args.recipe, args.policy, config_file=args.config, resume=args.resume, progress=not args.quiet, overrides=args.settings)
+    run = start(args.recipe, args.policy, config_file=args.config, resume=args.resume, progress=not args.quiet,
+                overrides=args.settings)
     if args.quiet: print(run.dir/"report.html" if run.finished else f"stopped; continue with\n  {resume_command(run.config)}")
     return 0 if run.finished else 130
 
 def evaluate(args) -> None:
     "`unify_rl eval`"
-    from unify_rl.evaluate.suites import SUITES
+    from unify_rl.evaluate.suites import SUITES, load_suite
     from unify_rl.run import Screen, quiet, run_suites
     from unify_rl.policies.load import load_policy
     from unify_rl.train.config import EvaluateConfig
@@ -108,9 +112,11 @@ def evaluate(args) -> None:
     for name in ("cfg", "prompts"):
         if not getattr(args, name) > 0: raise UserError(f"--{name} is {getattr(args, name)}; it must be above 0")
     suites = [s.strip() for s in args.suites.split(",")] if args.suites else list(SUITES)
+    for name in suites: load_suite(name, args.prompts)                     # a misspelt one is found before the policy is loaded
     screen = Screen()
     with quiet():
-        results = run_suites(load_policy(args.policy), EvaluateConfig(suites=suites, prompts=args.prompts, cfg=args.cfg), args.seed, screen=screen)
+        cfg = EvaluateConfig(suites=suites, prompts=args.prompts, cfg=args.cfg)
+        results = run_suites(load_policy(args.policy), cfg, args.seed, screen=screen)
     scores = {name: suite_scores(r) for name, r in results.items()}
     screen.say(score_table(scores))
     out = dict(policy=args.policy, seed=args.seed, cfg=args.cfg, suites=scores)
@@ -122,12 +128,15 @@ def pretrain(args) -> None:
     from unify_rl.train.pretrain import pretrain as rebuild
     if args.steps is not None and args.steps < 1: raise UserError(f"--steps is {args.steps}; it must be at least 1")
     screen, out = Screen(), Path(args.out or f"runs/{args.name}")
-    titled = lambda stage, losses: f"{args.name} {stage}: " + ", ".join(f"{k} {v:.3f}" for k, v in losses.items())
     try:
-        with quiet(), screen.bar(args.name) as track:
-            rebuild(args.name, out, args.seed, steps=args.steps, track=lambda stage, step, total, losses: track(step + 1, total, titled(stage, losses)))
-    except KeyboardInterrupt: raise KeyboardInterrupt("interrupted; the same command continues from the last checkpoint") from None
-    screen.say(f"{args.name} is in {out}\ntest it     unify_rl eval --policy {out}\nship it     copy the folder to unify_rl/assets/{args.name}")
+        with quiet(), screen.bar(args.name) as bar:
+            def track(stage, step, total, losses):
+                bar(step + 1, total, f"{stage}: " + ", ".join(f"{k} {v:.3f}" for k, v in losses.items()))
+            rebuild(args.name, out, args.seed, steps=args.steps, track=track)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("interrupted; the same command continues from the last checkpoint") from None
+    screen.say(f"{args.name} is in {out}\ntest it     unify_rl eval --policy {out}\n"
+               f"ship it     copy the folder to unify_rl/assets/{args.name}")
 
 # %% ../nbs/80_cli.ipynb #scores
 def suite_scores(result) -> dict:
@@ -147,7 +156,8 @@ def score_table(scores: dict):
     for name, s in scores.items():
         if "unsupported" in s: t.add_row(name, "-", s["unsupported"], "-", style="dim"); continue
         for label, r in {name: s["overall"], **{f"  {k}": v for k, v in s["categories"].items()}}.items():
-            t.add_row(label, f"{r['score']:.3f}", f"{r['ci95'][0]:.3f} to {r['ci95'][1]:.3f}", str(r["n"]), style="bold" if label == name else None)
+            interval, style = f"{r['ci95'][0]:.3f} to {r['ci95'][1]:.3f}", "bold" if label == name else None
+            t.add_row(label, f"{r['score']:.3f}", interval, str(r["n"]), style=style)
         t.add_row("  (second scorer)", f"{s['second']:.3f}", "", "", style="italic")
         t.add_section()
     return t
@@ -157,7 +167,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     "Read the command line; settings may stand anywhere after the verb."
     p = parser()
     args, rest = p.parse_known_args(argv)
-    if rest and (args.verb != "train" or any(r.startswith("-") for r in rest)): p.error(f"unrecognized arguments: {' '.join(rest)}")
+    wrong = [r for r in rest if args.verb != "train" or r.startswith("-")]
+    if wrong: p.error(f"unrecognized arguments: {' '.join(wrong)}")
     if args.verb == "train": args.settings += rest
     return args
 

@@ -55,7 +55,8 @@ def line(step: int, steps: int, metrics: dict, left: float) -> str:
     "One step in one line, for logs."
     shown, phases = pick(metrics)
     values = "  ".join(f"{k} {v:.3f}" for k, v in shown.items() if v == v)
-    return f"step {step}/{steps}  {values}  {sum(phases.values()):.1f} s ({', '.join(f'{k} {v:.1f}' for k, v in phases.items())})  {clock(left)} left"
+    spent = f"{sum(phases.values()):.1f} s ({', '.join(f'{k} {v:.1f}' for k, v in phases.items())})"
+    return f"step {step}/{steps}  {values}  {spent}  {clock(left)} left"
 
 def board(step: int, steps: int, recent: Any, left: float):
     "The newest step and the mean of recent ones, as a table for terminal and notebook."
@@ -94,7 +95,9 @@ class Screen:
             task, last = p.add_task(title, total=None), [time.monotonic()]
             def track(done, total, what=title):
                 p.update(task, description=what, completed=done, total=total)
-                if not self.live and time.monotonic() - last[0] >= every: self.say(f"{what} {done}/{total}"); last[0] = time.monotonic()
+                if self.live or time.monotonic() - last[0] < every: return
+                self.say(f"{what} {done}/{total}")
+                last[0] = time.monotonic()
             yield track
 
     @contextlib.contextmanager
@@ -109,9 +112,11 @@ class Screen:
                 left = (steps - step) * sum(times) / len(times)
                 if live: live.update(board(step, steps, recent, left), refresh=True)
                 elif time.monotonic() - last[0] >= every or step == steps:
-                    self.say(line(step, steps, metrics, left)); last[0] = time.monotonic()
-                for note in metrics.get("notes", []):
-                    if (key := note.split(":")[0].split(" failed")[0]) not in notes: notes.add(key); self.say(f"step {step}: {note}")
+                    self.say(line(step, steps, metrics, left))
+                    last[0] = time.monotonic()
+                for note in metrics.get("notes", []):                      # each reward's first failure; all are in the log
+                    if (who := note.split(" failed")[0]) not in notes: self.say(f"step {step}: {note}")
+                    notes.add(who)
             yield show
 
 # %% ../nbs/75_run.ipynb #test
@@ -131,8 +136,8 @@ def run_suites(
         with screen.bar(f"{title}: {suite.name}") as track:
             r = out[suite.name] = evaluate(policy, suite, cfg=cfg.cfg, temperature=cfg.temperature, seed=seed, batch=cfg.batch,
                                            max_text=max_text, progress=track)
-        said = f"{r.overall:.3f} on {len(r.rows)} prompts, {clock(time.monotonic() - start)}" if r.supported else f"left out: {r.why}"
-        screen.say(f"{title}: {suite.name} {said}")
+        score = f"{r.overall:.3f} on {len(r.rows)} prompts, {clock(time.monotonic() - start)}"
+        screen.say(f"{title}: {suite.name} {score if r.supported else f'left out: {r.why}'}")
     return out
 
 def read_stage(run_dir: Path, name: str) -> dict[str, Result] | None:
@@ -140,7 +145,8 @@ def read_stage(run_dir: Path, name: str) -> dict[str, Result] | None:
     path = run_dir/"eval"/f"{name}.json"
     if not path.exists(): return None
     try: return {k: Result.from_json(json.dumps(v)) for k, v in json.loads(path.read_bytes()).items()}
-    except (ValueError, AttributeError) as e: raise UserError(f"{path} cannot be read ({e}); delete it and resume: the test is made again") from None
+    except (ValueError, AttributeError) as e:
+        raise UserError(f"{path} cannot be read ({e}); delete it and resume: the test is made again") from None
 
 def write_stage(log: RunLog, name: str, results: dict[str, Result]) -> None:
     "Keep a stage: some outputs with pictures, then all verdicts."
@@ -179,7 +185,8 @@ class Run:
 
     def policy(self) -> Policy:
         "The trained policy."
-        if not (self.dir/"policy").is_dir(): raise UserError(f"{self.dir} has no trained policy yet: the run has not finished (continue it with --resume)")
+        if not (self.dir/"policy").is_dir():
+            raise UserError(f"{self.dir} has no trained policy yet: the run has not finished (continue it with --resume)")
         return load_policy(self.dir/"policy")
 
     def __repr__(self):
@@ -231,8 +238,8 @@ def resumed_config(
     now.run_dir = str(folder)
     refused = [c for c in changes(saved, now) if not c.startswith(MAY_CHANGE)]
     if refused:
-        raise UserError(f"{folder} was started with other settings ({'; '.join(refused)}). Resume without them, or start a new run in another run_dir. "
-                        f"What may change: {', '.join(k.rstrip('.') for k in MAY_CHANGE)}")
+        raise UserError(f"{folder} was started with other settings ({'; '.join(refused)}). Resume without them, or start a "
+                        f"new run in another run_dir. What may change: {', '.join(k.rstrip('.') for k in MAY_CHANGE)}")
     return now
 
 def resume_command(cfg: Config) -> str:
@@ -245,28 +252,30 @@ def own_settings(
     rewards: list | None,           # rewards or (reward, weight) pairs
 ) -> list[str]:                     # overrides
     "Prompts and rewards given as objects, as the configuration records them: a fingerprint, names and weights."
-    mark = lambda: f"given-{seed_for([(p.id, p.task, p.text, p.answer) for p in prompts]):016x}"
-    named = lambda: [{"name": r.name, "weight": w} for r, w in _pairs(rewards)]
-    return as_overrides(({"data.source": mark()} if prompts is not None else {}) | ({"rewards": named()} if rewards is not None else {}))
+    own = {}
+    if prompts is not None: own["data.source"] = f"given-{seed_for([(p.id, p.task, p.text, p.answer) for p in prompts]):016x}"
+    if rewards is not None: own["rewards"] = [{"name": r.name, "weight": w} for r, w in _pairs(rewards)]
+    return as_overrides(own)
 
 def _pairs(rewards): return [r if isinstance(r, tuple) else (r, 1.0) for r in rewards]
 
 def _load_rewards(cfg: Config, rewards: list | None) -> tuple:
     if rewards is None: return build_rewards([asdict(r) for r in cfg.rewards])
-    if not rewards: raise UserError("rewards=[] leaves nothing to learn from; give at least one, or leave it out for the recipe's")
+    if not rewards: raise UserError("rewards=[] leaves nothing to learn from; give one, or leave it out for the recipe's")
     return [r for r, _ in _pairs(rewards)], torch.tensor([w for _, w in _pairs(rewards)], dtype=torch.float64)
 
 def _load_prompts(cfg: Config, prompts: list | None) -> list[Prompt]:
     if prompts is not None: return prompts
     if cfg.data.source.startswith("given-"):
         raise UserError("this run was started with prompts=[...] from Python; give the same ones to continue it")
-    return load_prompts(cfg.data.source, cfg.data.split, tuple(t for t, share in cfg.data.tasks.items() if share > 0), cfg.data.path)
+    tasks = tuple(t for t, share in cfg.data.tasks.items() if share > 0)
+    return load_prompts(cfg.data.source, cfg.data.split, tasks, cfg.data.path)
 
 def _prepare(cfg: Config, resume: bool, prompts: list | None, rewards: list | None) -> Trainer:
     "Everything a run needs, checked; the run folder is made last."
     if cfg.threads: torch.set_num_threads(cfg.threads)
     torch.manual_seed(seed_for(cfg.seed, "run"))
-    for name in cfg.evaluate.suites: load_suite(name, 1)
+    for name in cfg.evaluate.suites: load_suite(name, cfg.evaluate.prompts)
     reward_list, weights_R = _load_rewards(cfg, rewards)
     stream = PromptStream(_load_prompts(cfg, prompts), cfg.data.tasks, cfg.seed)
     policy = load_policy(cfg.policy)
@@ -298,7 +307,8 @@ def _finish(cfg: Config, log: RunLog, before: dict, after: dict, screen: Screen)
     "Compare, write summary and report, and say what there is to see."
     suites = {name: compare(before[name], after[name]) for name in before}
     seconds = sum(v for m in read_metrics(log.dir) for k, v in m.items() if k.startswith("seconds/"))
-    write_summary(log.dir, dict(recipe=cfg.recipe, policy=cfg.policy, seed=cfg.seed, steps=cfg.steps, seconds=seconds, suites=suites))
+    named = {k: getattr(cfg, k) for k in ("recipe", "policy", "seed", "steps")}
+    write_summary(log.dir, named | dict(seconds=seconds, suites=suites))
     report, folder = write_report(log.dir), shlex.quote(str(log.dir))
     if suites: screen.say(table(suites))
     screen.say(f"{cfg.steps} steps in {clock(seconds)}\nreport  {report}\npolicy  {log.dir/'policy'}\n"
@@ -352,7 +362,7 @@ def _stages(cfg: Config, trainer: Trainer, resume: bool, screen: Screen) -> None
     if before is None: write_stage(log, "before", before := test("before"))
     if resume and checkpoints(log.dir/"checkpoints"):
         for note in trainer.load(): screen.say(note, style="yellow")
-        if trainer.done > cfg.steps: raise UserError(f"{log.dir} has {trainer.done} steps already; steps={cfg.steps} would be fewer")
+    if trainer.done > cfg.steps: raise UserError(f"{log.dir} has {trainer.done} steps already; steps={cfg.steps} would be fewer")
     if resume: screen.say(f"continuing after step {trainer.done}")
     if trainer.done < cfg.steps: _forget_results(log.dir)
     with screen.training(cfg.steps) as show: arrived = trainer.run(show)

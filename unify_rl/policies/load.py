@@ -18,15 +18,16 @@ from .base import Policy
 from .janus import JanusPolicy
 
 # %% auto #0
-__all__ = ['FAMILIES', 'read_json', 'weight_files', 'tensor_shapes', 'janus_skeleton', 'Family', 'misfits', 'check_folder',
-           'load_folder', 'policies', 'hub_folder', 'find_policy', 'load_policy']
+__all__ = ['FAMILIES', 'read_json', 'weight_files', 'tensor_shapes', 'janus_skeleton', 'Family', 'misfits', 'family_of',
+           'check_folder', 'load_folder', 'policies', 'hub_folder', 'find_policy', 'load_policy']
 
 # %% ../../nbs/29_policies.load.ipynb #json
 def read_json(path: Path) -> dict:
     "A JSON object, or an error that names the file."
     try: x = json.loads(path.read_bytes())
     except FileNotFoundError: raise UserError(f"{path} is missing: {path.parent} is not a whole policy folder") from None
-    except (OSError, ValueError) as e: raise UserError(f"{path} cannot be read as JSON: {e}. Was it cut short or edited?") from None
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path} cannot be read as JSON: {e}. Was it cut short or edited?") from None
     if not isinstance(x, dict): raise UserError(f"{path} holds {type(x).__name__}, not keys and values")
     return x
 
@@ -40,7 +41,8 @@ def weight_files(folder: Path) -> list[Path]:
         except (KeyError, AttributeError, TypeError): raise UserError(f"{index} has no weight_map of tensors to files") from None
     lost = [f for f in files if not f.is_file()]
     if lost: raise UserError(f"{lost[0]} is missing, but {index.name} names it. Copy or download the folder again")
-    if not files: raise UserError(f"{folder} has no weights: no *.safetensors file. Other formats are not read, since they can run code")
+    if not files:
+        raise UserError(f"{folder} has no weights: no *.safetensors file. Other formats are not read, since they can run code")
     return files
 
 def tensor_shapes(folder: Path) -> dict:
@@ -66,28 +68,38 @@ class Family(NamedTuple):
     skeleton: Callable      # folder -> the model without weights
     needs: tuple            # files besides the weights
 
-FAMILIES = {"janus": Family(JanusPolicy.from_pretrained, janus_skeleton, ("processor_config.json", "tokenizer.json", "tokenizer_config.json"))}
+FAMILIES = {"janus": Family(JanusPolicy.from_pretrained, janus_skeleton,
+                            ("processor_config.json", "tokenizer.json", "tokenizer_config.json"))}
 
 def misfits(model: torch.nn.Module, shapes: dict) -> list[str]:
     "Tensors that the configuration and the weight files disagree on."
-    own, tied = {k: tuple(v.shape) for k, v in model.state_dict().items()}, tuple(getattr(model, "all_tied_weights_keys", None) or ())
+    own = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    tied = tuple(getattr(model, "all_tied_weights_keys", None) or ())
     lost = [f"{k} is missing" for k in own if k not in shapes and k not in tied]
     return lost + [f"{k} is {shapes[k]}, not {own[k]}" for k in own if k in shapes and shapes[k] != own[k]]
+
+# %% ../../nbs/29_policies.load.ipynb #family
+def family_of(kind: str, where: str) -> Family:
+    "The family of a `model_type`, or an error that names those there are."
+    if kind not in FAMILIES:
+        raise UserError(f"{where}: model_type is {kind!r}, which is not supported. {nearest(str(kind), FAMILIES)}")
+    return FAMILIES[kind]
 
 # %% ../../nbs/29_policies.load.ipynb #check
 def check_folder(folder: Path) -> Family:
     "Refuse a folder that is not a whole policy of a known family, naming the file; nothing is loaded."
     kind = read_json(folder/"config.json").get("model_type")
     if kind is None: raise UserError(f"{folder/'config.json'} has no model_type, so nobody can say which model it is")
-    if kind not in FAMILIES: raise UserError(f"{folder/'config.json'}: model_type is {kind!r}, which is not supported. {nearest(str(kind), FAMILIES)}")
-    family = FAMILIES[kind]
+    family = family_of(kind, str(folder/"config.json"))
     for name in family.needs: read_json(folder/name)
     shapes = tensor_shapes(folder)
     try: wrong = misfits(family.skeleton(folder), shapes)
-    except Exception as e: raise UserError(f"{folder/'config.json'} does not describe a {kind} model: {type(e).__name__}: {e}") from e
+    except Exception as e:
+        raise UserError(f"{folder/'config.json'} does not describe a {kind} model: {type(e).__name__}: {e}") from e
     if wrong:
         more = f", and {len(wrong) - 2} more" if len(wrong) > 2 else ""
-        raise UserError(f"{folder}: config.json and the weights do not fit: {'; '.join(wrong[:2])}{more}. Was a file edited, or the copy cut short?")
+        raise UserError(f"{folder}: config.json and the weights do not fit: {'; '.join(wrong[:2])}{more}. "
+                        "Was a file edited, or the copy cut short?")
     return family
 
 def load_folder(folder: Path, name: str, **kwargs) -> Policy:
@@ -97,7 +109,8 @@ def load_folder(folder: Path, name: str, **kwargs) -> Policy:
     except UserError: raise
     except Exception as e: raise UserError(f"{folder} could not be loaded: {type(e).__name__}: {e}") from e
     for key, p in policy.named_parameters():
-        if not p.isfinite().all(): raise UserError(f"{folder}: the weights of {key} are not all finite numbers. The file was damaged, or training had diverged")
+        if not p.isfinite().all():
+            raise UserError(f"{folder}: the weights of {key} are not all finite numbers: the file was damaged, or training diverged")
     return policy
 
 # %% ../../nbs/29_policies.load.ipynb #find
@@ -113,14 +126,13 @@ def hub_folder(name: str) -> Path:
     "Download a policy from the Hugging Face hub, or take it from the local cache; returns its folder."
     from huggingface_hub import hf_hub_download, snapshot_download
     try:
-        kind = read_json(Path(hf_hub_download(name, "config.json"))).get("model_type")
-        if kind not in FAMILIES: raise UserError(f"{name}: model_type is {kind!r}, which is not supported. {nearest(str(kind), FAMILIES)}")
+        family_of(read_json(Path(hf_hub_download(name, "config.json"))).get("model_type"), name)
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]))
     except UserError: raise
     except Exception as e:      # one class a cause in one version of the client, another in the next
-        raise UserError(f"there is no folder {name} and no shipped policy of that name, and it could not be had from the Hugging Face hub "
-                        f"({type(e).__name__}). Check the name ({nearest(name, policies())}), or your connection; without one, download it "
-                        f"elsewhere with `hf download {name} --local-dir FOLDER` and give the folder") from e
+        raise UserError(f"there is no folder {name} and no shipped policy of that name, and it could not be had from the Hugging "
+                        f"Face hub ({type(e).__name__}). Check the name ({nearest(name, policies())}), or your connection; "
+                        f"without one, download it elsewhere with `hf download {name} --local-dir FOLDER` and give the folder") from e
 
 def find_policy(name: str) -> Path:
     "The folder that a policy's name stands for."
@@ -129,7 +141,8 @@ def find_policy(name: str) -> Path:
     if folder.is_dir(): return folder
     if folder.exists(): raise UserError(f"{name} is a file; a policy is a folder with config.json and *.safetensors")
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name): return hub_folder(name)
-    raise UserError(f"unknown policy {name!r}: no shipped policy, no folder, no hub name (owner/name). {nearest(name, policies())}")
+    raise UserError(f"unknown policy {name!r}: no shipped policy, no folder, no hub name (owner/name). "
+                    f"{nearest(name, policies())}")
 
 def load_policy(
     name: str | os.PathLike,        # one of `policies()`, a folder, or a hub name such as 'deepseek-community/Janus-Pro-1B'

@@ -102,7 +102,7 @@ class Trainer:
         weights, stats, rows = part_weights(parts, adv.valid_B, cfg.objective.average), defaultdict(float), {}
         o = asdict(cfg.objective); o.pop("average"); updates = o.pop("updates")
         for _ in range(updates):
-            jobs = [(p, w, i) for p, w in zip(parts, weights) for i in self._useful(p, adv).split(cfg.optimizer.micro_batch)]
+            jobs = [(p, w, i) for p, w in zip(parts, weights) for i in self._useful(p, adv).split(cfg.optimizer.micro_batch) if len(i)]
             for k, (part, w, i) in enumerate(jobs):
                 with acc.no_sync(self.engine) if k + 1 < len(jobs) else contextlib.nullcontext():
                     piece = part.select(i)
