@@ -20,8 +20,8 @@ from unify_rl.train.pretrain import vocabulary
 from unify_rl.train.runlog import read_metrics
 
 # drawing only, since the questions of the training side take seconds to make
-FAST = ["data.tasks={generate: 1}", "rewards=[{name: constraints}]", "rollout.prompts=2", "rollout.group_size=2", "evaluate.suites=[shapes-geneval]",
-        "evaluate.prompts=3", "seed=1"]
+FAST = ["data.tasks={generate: 1}", "rewards=[{name: constraints}]", "rollout.prompts=2", "rollout.group_size=2",
+        "evaluate.suites=[shapes-geneval]", "evaluate.prompts=3", "seed=1"]
 
 
 @pytest.fixture(scope="session")
@@ -76,7 +76,9 @@ def test_a_mistake_is_one_message_and_code_2(line, shell, tmp_path, monkeypatch)
     assert code == 2 and err.startswith("unify_rl: ") and MISTAKES[line] in err
     assert "Traceback" not in err and not (tmp_path/"run").exists()
 
-@pytest.mark.parametrize("line", ["", "trian grpo", "train", "train grpo --polcy x", "eval steps=3", "eval --cfg wide", "recipes x"])
+REFUSED = ["", "trian grpo", "train", "train grpo --polcy x", "eval steps=3", "eval --cfg wide", "recipes x"]
+
+@pytest.mark.parametrize("line", REFUSED)
 def test_what_argparse_refuses_is_code_2_too(line, shell):
     code, _, err = shell(*line.split())
     assert code == 2 and "usage: unify_rl" in err
@@ -91,7 +93,8 @@ def test_our_own_mistakes_are_not_hidden(shell, monkeypatch):
 
 def test_settings_may_stand_anywhere():
     want = ["seed=1", "steps=5", "run_dir=a b"]
-    for words in (["grpo", *want, "--resume"], ["grpo", "seed=1", "--resume", *want[1:]], ["--resume", "grpo", *want], ["grpo", "--policy", "p", *want]):
+    for words in (["grpo", *want, "--resume"], ["grpo", "seed=1", "--resume", *want[1:]], ["--resume", "grpo", *want],
+                  ["grpo", "--policy", "p", *want]):
         assert cli.parse(["train", *words]).settings == want
 
 
@@ -108,7 +111,8 @@ def test_recipes_are_listed(shell):
 
 @pytest.mark.parametrize("line", ["--help", "train --help", "eval --help", "recipes", "--version"])
 def test_quick_commands_do_not_load_torch(line):
-    code = f"import sys; from unify_rl.cli import main\ntry: main({line.split()!r})\nexcept SystemExit: pass\nprint('LOADED', *sorted(set(sys.modules) & {{'torch', 'transformers'}}))"
+    code = (f"import sys; from unify_rl.cli import main\ntry: main({line.split()!r})\nexcept SystemExit: pass\n"
+            "print('LOADED', *sorted(set(sys.modules) & {'torch', 'transformers'}))")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.stdout.strip().splitlines()[-1] == "LOADED", done.stderr
 
@@ -118,7 +122,8 @@ def test_quick_commands_do_not_load_torch(line):
 def test_train_ends_with_a_table_the_report_and_the_next_command(shell, tiny, tmp_path):
     code, out, _ = shell("train", "grpo", "--policy", tiny, *FAST, "steps=2", f"run_dir={tmp_path/'my run'}")
     assert code == 0
-    for said in ("recipe: grpo", "steps: 2", "before: shapes-geneval", "after: shapes-geneval", "step 2/2", "95 % interval", f"report  {tmp_path/'my run'/'report.html'}"):
+    for said in ("recipe: grpo", "steps: 2", "before: shapes-geneval", "after: shapes-geneval", "step 2/2", "95 % interval",
+                 f"report  {tmp_path/'my run'/'report.html'}"):
         assert said in out, said
     following = re.search(r"next +(unify_rl .+?)  +\(", out)[1]
     assert shlex.split(following)[:4] == ["unify_rl", "eval", "--policy", str(tmp_path/"my run"/"policy")]
@@ -130,8 +135,10 @@ def test_quiet_prints_the_report_only(shell, tiny, tmp_path):
     assert (code, out.strip()) == (0, str(tmp_path/"r"/"report.html"))
 
 def test_a_file_of_settings_then_the_command_line(shell, tiny, tmp_path):
-    (tmp_path/"mine.yaml").write_text("steps: 5\nrollout: {prompts: 3, group_size: 2}\ndata: {tasks: {generate: 1}}\nrewards: [{name: strict}]\nevaluate: {suites: []}\n")
-    code, out, _ = shell("train", "grpo", "--policy", tiny, "--config", tmp_path/"mine.yaml", "steps=1", f"run_dir={tmp_path/'r'}")
+    file = tmp_path/"mine.yaml"
+    file.write_text("steps: 5\nrollout: {prompts: 3, group_size: 2}\ndata: {tasks: {generate: 1}}\n"
+                    "rewards: [{name: strict}]\nevaluate: {suites: []}\n")
+    code, out, _ = shell("train", "grpo", "--policy", tiny, "--config", file, "steps=1", f"run_dir={tmp_path/'r'}")
     assert code == 0 and len(read_metrics(tmp_path/"r")) == 1
     assert "prompts: 3" in (tmp_path/"r"/"config.yaml").read_text()
 
@@ -180,7 +187,7 @@ def test_a_signal_saves_and_says_how_to_continue(which, tiny, tmp_path, shell):
 
 def test_a_signal_during_the_first_test_says_how_to_continue(tiny, tmp_path):
     run_dir = tmp_path/"r"
-    p = started("train", "grpo", "--policy", tiny, *FAST, "evaluate.prompts=1000", "evaluate.batch=1", "steps=1", f"run_dir={run_dir}")
+    p = started("train", "grpo", "--policy", tiny, *FAST, "evaluate.prompts=1000", "evaluate.batch=1", f"run_dir={run_dir}")
     wait_for(p, lambda: (run_dir/"config.yaml").exists())
     p.send_signal(signal.SIGTERM)
     out, err = p.communicate(timeout=120)
@@ -199,13 +206,15 @@ def test_eval_scores_every_suite_and_says_what_cannot_be_done(shell, tiny, tmp_p
     assert overall["n"] == 6 and 0 <= overall["score"] <= 1 and set(scores["suites"]["shapes-edit"]) == {"unsupported"}
 
 def test_eval_is_the_test_of_the_run(shell, run_dir, tmp_path):
-    code, _, _ = shell("eval", "--policy", run_dir/"policy", "--suites", "shapes-geneval", "--prompts", 3, "--seed", 1, "--json", tmp_path/"s.json")
+    code, _, _ = shell("eval", "--policy", run_dir/"policy", "--suites", "shapes-geneval", "--prompts", 3, "--seed", 1,
+                       "--json", tmp_path/"s.json")
     after = json.loads((run_dir/"summary.json").read_text())["suites"]["shapes-geneval"]["overall"]["after"]
     assert code == 0 and json.loads((tmp_path/"s.json").read_text())["suites"]["shapes-geneval"]["overall"]["score"] == after
 
 def test_eval_cannot_write(shell, tiny, tmp_path):
     (tmp_path/"file").write_text("")
-    code, _, err = shell("eval", "--policy", tiny, "--suites", "shapes-geneval", "--prompts", 1, "--json", tmp_path/"file"/"s.json")
+    code, _, err = shell("eval", "--policy", tiny, "--suites", "shapes-geneval", "--prompts", 1,
+                         "--json", tmp_path/"file"/"s.json")
     assert code == 2 and "cannot write" in err
 
 def test_pretrain_passes_on_what_was_asked_and_says_where_the_model_is(shell, tmp_path, monkeypatch):

@@ -110,7 +110,7 @@ def load_folder(folder: Path, name: str, **kwargs) -> Policy:
     except Exception as e: raise UserError(f"{folder} could not be loaded: {type(e).__name__}: {e}") from e
     for key, p in policy.named_parameters():
         if not p.isfinite().all():
-            raise UserError(f"{folder}: the weights of {key} are not all finite numbers: the file was damaged, or training diverged")
+            raise UserError(f"{folder}: the weights of {key} are not all finite: the file was damaged, or training diverged")
     return policy
 
 # %% ../../nbs/29_policies.load.ipynb #find
@@ -132,7 +132,7 @@ def hub_folder(name: str) -> Path:
     except Exception as e:      # one class a cause in one version of the client, another in the next
         raise UserError(f"there is no folder {name} and no shipped policy of that name, and it could not be had from the Hugging "
                         f"Face hub ({type(e).__name__}). Check the name ({nearest(name, policies())}), or your connection; "
-                        f"without one, download it elsewhere with `hf download {name} --local-dir FOLDER` and give the folder") from e
+                        f"without one, download it elsewhere (hf download {name} --local-dir FOLDER) and give the folder") from e
 
 def find_policy(name: str) -> Path:
     "The folder that a policy's name stands for."
