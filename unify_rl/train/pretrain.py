@@ -53,14 +53,14 @@ def spread_codes(n: int, dim: int, seed: int = 0, steps: int = 300) -> Tensor:
         opt.zero_grad(); loss.backward(); opt.step()
     return F.normalize(codes.detach(), dim=-1)
 
-def distill_vq(policy: JanusPolicy, world: World, seed: int = 0, steps: int = 1000, batch: int = 32, lr: float = 3e-3, track=None) -> dict:
+def distill_vq(policy: JanusPolicy, world: World, seed: int = 0, steps: int = 1500, batch: int = 32, lr: float = 3e-3, track=None) -> dict:
     "Teach the policy's VQ autoencoder the exact codebook; returns the last losses."
     vq, rng, gen = policy.janus.model.vqmodel, rng_for(seed, "vq"), generator_for(seed, "vq")
     book = torch.from_numpy(codebook(world)).float() / 127.5 - 1
     grid, cell, n = world.size // world.cell, world.cell, vq.config.num_embeddings
     vq.quantize.embedding.weight.data.copy_(spread_codes(n, vq.config.embed_dim, seed))
     vectors = vq.quantize.embedding.weight.detach()
-    images = render_batch([random_scene(world, rng) for _ in range(min(6000, steps * batch))], world)
+    images = render_batch([random_scene(world, rng, kinds=[] if i % 50 == 0 else None) for i in range(min(6000, steps * batch))], world)
     pool, x = exact_codes(images, world), torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
     params = [p for k, p in vq.named_parameters() if not k.startswith("quantize")]
     for p in params: p.requires_grad_(True)
@@ -92,7 +92,7 @@ def vocabulary() -> tuple:
     return tuple(sorted({w for t in texts for w in re.findall(r"\w+|[^\w\s]+", re.sub(r"</?\w+>", " ", t))}))
 
 def training_batch(policy: JanusPolicy, world: World, rng: np.random.Generator, draws: int, asks: int,
-                   wrong: float = 0.4, terse: float = 0.5, dropped: float = 0.1, riddles: float = 0.2) -> list[Part]:
+                   wrong: float = 0.4, terse: float = 0.6, dropped: float = 0.1, riddles: float = 0.2) -> list[Part]:
     "One supervised batch as parts: codes of pictures, tokens of replies. Training combinations only."
     one = lambda options: options[int(rng.integers(len(options)))]
     def draw():
@@ -121,7 +121,7 @@ def supervised_loss(policy, parts: list[Part]) -> tuple[Tensor, dict]:
     losses = {p.kind: -policy(p).sum() / p.mask.sum() for p in parts}
     return sum(losses.values()), {k: v.item() for k, v in losses.items()}
 
-def pretrain_lm(policy: JanusPolicy, world: World, folder: Path, seed: int = 0, steps: int = 1800, draws: int = 32, asks: int = 40,
+def pretrain_lm(policy: JanusPolicy, world: World, folder: Path, seed: int = 0, steps: int = 4000, draws: int = 40, asks: int = 32,
                 lr: float = 2e-3, save_every: int = 200, track=None) -> JanusPolicy:
     "Supervised pretraining of everything but the VQ, resumable from `folder`."
     for n, p in policy.named_parameters(): p.requires_grad_("vqmodel" not in n)
@@ -160,7 +160,7 @@ def pretrain(
 def _tiny_janus(out: Path, seed: int, work: Path, steps, vq_steps, stages, track) -> Path:
     world, policy = World(), new_janus(vocabulary(), seed=seed_for(seed, "tiny-janus") % 2**31)
     tell = lambda stage, total: (lambda s, l: track(stage, s, total, l)) if track else None
-    vq, vq_steps, steps = policy.janus.model.vqmodel, vq_steps or 1000, steps or 1800
+    vq, vq_steps, steps = policy.janus.model.vqmodel, vq_steps or 1500, steps or 4000
     if "vq" in stages and not any((work / "vq").glob("step-*")):
         distill_vq(policy, world, seed, vq_steps, track=tell("vq", vq_steps))
         save_checkpoint(work / "vq", vq_steps, dict(vq=vq.state_dict()))

@@ -163,7 +163,7 @@ RIDDLES = ("shape_riddle", "color_riddle", "number_riddle")
 def riddle_prompt(category: str, c: tuple, clue: int, template: int) -> Prompt:
     "A drawing task whose shape, color or number must be worked out."
     if category == "shape_riddle":
-        plain, text = ("colors", c), f"a {c[0]} {SHAPE_CLUES[c[1]][clue]}"
+        plain, text = ("colors", c), _an(f"{c[0]} {SHAPE_CLUES[c[1]][clue]}")
     elif category == "color_riddle":
         plain, text = ("colors", c[::-1]), f"a {c[0]} in the color of {COLOR_CLUES[c[1]][clue]}"
     else:
@@ -207,11 +207,13 @@ def edit_prompt(
                   reference=render(new, world), fact=f"after the edit '{words}' everything else is as before", meta=dict(combination=c))
 
 def edit_prompts(split: str, n: int, world: World = World(), seed: int = 0) -> list:
-    "Random edits of one side of the split, evenly over the kinds of edit."
-    rng, out = rng_for("edit", split, seed), []
-    for i in range(n):
-        pool = split_combinations(EDITS[i % len(EDITS)], split)
-        out.append(edit_prompt(EDITS[i % len(EDITS)], pool[rng.integers(len(pool))], world, rng, i))
+    "Random edits of one side of the split, all different, evenly over the kinds of edit."
+    rng, out, seen = rng_for("edit", split, seed), [], set()
+    while len(out) < n:
+        category = EDITS[len(out) % len(EDITS)]
+        pool = split_combinations(category, split)
+        p = edit_prompt(category, pool[rng.integers(len(pool))], world, rng, len(out))
+        if (key := (p.text, p.image.tobytes())) not in seen: seen.add(key); out.append(p)
     return out
 
 # %% ../../nbs/06_world.prompts.ipynb #noise

@@ -114,5 +114,7 @@ def describe(scene: tuple, world: World) -> str:
 
 def reply(prompt: Prompt, world: World = World(), worked: bool = True, answer: str | None = None) -> str:
     "A well-formed reply to a question, worked or terse; with `answer`, a different one than the truth."
-    thought = describe(prompt.meta["scene"], world) if worked else "looking"
-    return f"<think> {thought} </think> <answer> {answer or prompt.answer} </answer>"
+    answer = answer or prompt.answer
+    said = prompt.choices["ABCD".index(answer)] if prompt.choices else answer
+    thought = f"{describe(prompt.meta['scene'], world)} so {said}" if worked else "looking"
+    return f"<think> {thought} </think> <answer> {answer} </answer>"
