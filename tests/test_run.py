@@ -209,6 +209,14 @@ def test_a_hub_name_without_a_network(monkeypatch):
         load_policy("nobody/nothing")
 
 
+def test_a_prompt_that_no_rule_can_judge_is_found_before_the_run(tiny, tmp_path):
+    from dataclasses import replace
+    odd = replace(PROMPTS[0], id="mine/7", constraints=())
+    with pytest.raises(UserError, match="mine/7"):
+        train("grpo", tiny, run_dir=tmp_path/"r", prompts=[*PROMPTS, odd], progress=False, **FAST)
+    assert not (tmp_path/"r").exists()
+
+
 # -- rewards that fail ---------------------------------------------------------------------------------------------
 
 def whole(judge): return Reward("odd", judge, ("generate", "answer"))

@@ -26,7 +26,7 @@ from .evaluate.suites import Result, compare, evaluate, load_suite, table
 from .inspect.report import summary_table, write_report
 from .policies.base import Policy
 from .policies.load import load_policy
-from .rewards.verifiable import build_rewards
+from .rewards.verifiable import build_rewards, check_prompts
 from .train.checkpoint import checkpoints
 from .train.config import Config, EvaluateConfig, apply_overrides, from_dict, leaves, load_config, merge, read_layer, to_yaml
 from .train.loop import Trainer
@@ -278,6 +278,7 @@ def _prepare(cfg: Config, resume: bool, prompts: list | None, rewards: list | No
     for name in cfg.evaluate.suites: load_suite(name, cfg.evaluate.prompts)
     reward_list, weights_R = _load_rewards(cfg, rewards)
     stream = PromptStream(_load_prompts(cfg, prompts), cfg.data.tasks, cfg.seed)
+    for pool in stream.pools.values(): check_prompts(pool, reward_list)
     policy = load_policy(cfg.policy)
     policy.check_tasks([pool[0] for pool in stream.pools.values()])
     log = RunLog(cfg.run_dir, resume)

@@ -34,7 +34,7 @@ def shape_logits(
     top_p: float = 1.0,
 ) -> Tensor:                    # [..., V] log-probabilities of the distribution that is sampled, fp32
     "Temperature and top-p, normalized: tokens outside the nucleus get -inf."
-    logp = (logits.float() / temperature).log_softmax(-1)
+    logp = (logits.float() if temperature == 1 else logits.float() / temperature).log_softmax(-1)
     if top_p >= 1: return logp
     sorted_logp, order = logp.sort(-1, descending=True)
     outside = sorted_logp.exp().cumsum(-1) - sorted_logp.exp() >= top_p      # mass *before* the token already reaches p
@@ -169,32 +169,33 @@ class _Decoder:
         self.R, dev, dt = self.n * group_size, prefix.last_nD.device, prefix.keys[0].dtype
         self.layers = [(l.input_layernorm, _join(l.self_attn.q_proj, l.self_attn.k_proj, l.self_attn.v_proj), _effective(l.self_attn.o_proj),
                         l.post_attention_layernorm, _join(l.mlp.gate_proj, l.mlp.up_proj), _effective(l.mlp.down_proj)) for l in lm.layers]
-        self.Kp = [k.transpose(2, 3).contiguous() * self.d**-0.5 for k in prefix.keys]           # [n, h, d, P]
-        self.bias = torch.zeros(prefix.mask_nP.shape, device=dev, dtype=dt).masked_fill(~prefix.mask_nP, -torch.inf)[:, None, None]
-        self.padded = not bool(prefix.mask_nP.all())
-        self.K = torch.empty(len(self.layers), self.R, self.h, steps, self.d, device=dev, dtype=dt)
+        for _, (w, b), *_ in self.layers:                                # the scale of attention, once: in the query's weights
+            for x in (w, b) if b is not None else (w,): x[:self.h * self.rep * self.d] *= self.d**-0.5
+        self.Kp = [k.flatten(0, 1).transpose(1, 2) for k in prefix.keys]                        # [n·h, d, P]
+        self.Vp = [v.flatten(0, 1) for v in prefix.values]                                      # [n·h, P, d]
+        self.bias = torch.zeros(prefix.mask_nP.shape, device=dev, dtype=dt).masked_fill(~prefix.mask_nP, -torch.inf)
+        self.bias = None if prefix.mask_nP.all() else self.bias.repeat_interleave(self.h, 0)[:, None]         # [n·h, 1, P]
+        self.K = torch.empty(len(self.layers), self.n, self.h, group_size, steps, self.d, device=dev, dtype=dt)
         self.V = torch.empty_like(self.K)
-        pos = prefix.length_n[:, None] + torch.arange(steps, device=dev)
-        self.cos, self.sin = (c.repeat_interleave(group_size, 0)[:, :, None] for c in lm.rotary_emb(prefix.last_nD, pos))   # [R, steps, 1, d]
+        pos = prefix.length_n.repeat_interleave(group_size) + torch.arange(steps, device=dev)[:, None]
+        self.cos, self.sin = (c[:, :, None] for c in lm.rotary_emb(prefix.last_nD, pos))                        # [steps, R, 1, d]
 
     def _attend(self, i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         "One query per row over prompt (shared in the group) and own past: [R, heads, d] -> [R, heads·d]."
         n, G, h, rep, d, t = self.n, self.G, self.h, self.rep, self.d, self.t
-        self.K[i, :, :, t], self.V[i, :, :, t] = k, v
-        own = q.view(self.R, h, rep, d)
-        shared = own.view(n, G, h, rep, d).transpose(1, 2).reshape(n, h, G * rep, d)
-        sp = shared @ self.Kp[i]
-        if self.padded: sp = sp + self.bias
-        ss = (own * d**-0.5) @ self.K[i, :, :, :t+1].transpose(2, 3)
-        back = lambda x: x.view(n, h, G, rep, -1).transpose(1, 2).reshape(self.R, h, rep, -1)
-        w = torch.cat([back(sp), ss], -1).softmax(-1)
-        P = sp.shape[-1]
-        wp = w[..., :P].view(n, G, h, rep, P).transpose(1, 2).reshape(n, h, G * rep, P)
-        return (back(wp @ self.prefix.values[i]) + w[..., P:] @ self.V[i, :, :, :t+1]).reshape(self.R, -1)
+        self.K[i, ..., t, :], self.V[i, ..., t, :] = (x.unflatten(0, (n, G)).transpose(1, 2) for x in (k, v))
+        q = q.reshape(n, G, h, rep, d).transpose(1, 2).reshape(n * h, G * rep, d)
+        shared = torch.bmm(q, self.Kp[i]) if self.bias is None else torch.baddbmm(self.bias, q, self.Kp[i])
+        P, K, V = shared.shape[-1], self.K[i].flatten(0, 2)[:, :t+1], self.V[i].flatten(0, 2)[:, :t+1]          # [n·h·G, t+1, d]
+        own = torch.bmm(q.view(-1, rep, d), K.transpose(1, 2))
+        w = torch.cat([shared.view(-1, rep, P), own], -1).softmax(-1)
+        o = torch.bmm(w[..., :P].view(n * h, G * rep, P), self.Vp[i])
+        o = torch.baddbmm(o.view(-1, rep, d), w[..., P:], V)
+        return o.view(n, h, G, rep * d).transpose(1, 2).reshape(self.R, -1)
 
     def step(self, x: Tensor) -> Tensor:
         "Feed one token embedding per row [R, D]; returns the final hidden state [R, D]."
-        cos, sin = self.cos[:, self.t], self.sin[:, self.t]
+        cos, sin = self.cos[self.t], self.sin[self.t]
         q_size, kv_size = self.h * self.rep * self.d, self.h * self.d
         for i, (norm1, qkv, out, norm2, gate_up, down) in enumerate(self.layers):
             y = F.linear(norm1(x), *qkv)
@@ -202,11 +203,15 @@ class _Decoder:
             o = self._attend(i, qk[:, :-self.h], qk[:, -self.h:], y[:, -kv_size:].view(self.R, self.h, self.d))
             x = x + F.linear(o, *out)
             g, u = F.linear(norm2(x), *gate_up).chunk(2, -1)
-            x = x + F.linear(self.lm.layers[i].mlp.act_fn(g) * u, *down)
+            x = x + F.linear(self.lm.layers[i].mlp.act_fn(g).mul_(u), *down)
         self.t += 1
         return self.lm.norm(x)
 
 # %% ../../nbs/10_mechanisms.tokens.ipynb #sample
+def _exponential(like: Tensor, generator) -> Tensor:
+    "Exponential noise: -log u costs a quarter of `exponential_` on a CPU."
+    return torch.rand(like.shape, generator=generator, device=like.device).log_().neg_()
+
 @dataclass
 class Sampled:
     "Tokens drawn for n prompts x G, and how likely they were."
@@ -243,7 +248,7 @@ def sample_tokens(
         logits = head(state)
         cond = shape_logits(logits[:B], tau, top_p)
         drawn = shape_logits(guide(logits[:B], logits[B:], cfg), tau, top_p) if guided else cond
-        token = drawn.argmax(-1) if greedy else (drawn.exp() / torch.empty_like(drawn).exponential_(generator=generator)).argmax(-1)
+        token = drawn.argmax(-1) if greedy else (drawn.exp() / _exponential(drawn, generator)).argmax(-1)
         tokens[:, t] = torch.where(alive, token, pad)
         mask[:, t] = alive
         logp[:, t], logp_cond[:, t] = drawn.gather(-1, token[:, None])[:, 0], cond.gather(-1, token[:, None])[:, 0]

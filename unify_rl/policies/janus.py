@@ -78,6 +78,12 @@ def new_janus(
     return JanusPolicy(model, processor)
 
 # %% ../../nbs/21_policies.janus.ipynb #policy
+def _looked_up(embed, codes: int, uses: int, device):
+    "The same embedding as a table, if that computes fewer of them."
+    if codes > uses: return embed
+    table = embed(torch.arange(codes, device=device))
+    return lambda tokens: table[tokens]
+
 class JanusPolicy(Policy):
     "Janus-Pro (transformers): text answers and images as token sequences."
     tasks = ("generate", "answer", "joint")
@@ -216,6 +222,7 @@ class JanusPolicy(Policy):
             both = context if w == 1 else {k: torch.cat([v, self._unconditional(context)[k]]) for k, v in context.items()}
             prefix = encode_prefix(self.janus.model.language_model, self._embed(both), both["mask"])
             embed, head = self._ends(kind)
+            if kind == "image": embed = _looked_up(embed, self.janus.config.vq_config.num_embeddings, G * len(which) * steps, self.device)
             s = sample_tokens(self.janus.model.language_model, prefix, G, embed, head, steps, generator, temperature, top_p, w,
                               stop=self.tokenizer.eos_token_id if kind == "text" else None, pad=self.tokenizer.pad_token_id if kind == "text" else 0)
             rows = torch.tensor([i * G + g for i in which for g in range(G)], device=self.device)

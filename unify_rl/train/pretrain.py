@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from ..world.questions import KINDS, question_combinations, question_prompt, que
 from ..world.scenes import COLORS, SHAPES, Thing, World, random_scene, render_batch
 
 # %% auto #0
-__all__ = ['RECIPES', 'patches', 'codebook', 'exact_codes', 'spread_codes', 'distill_vq', 'vocabulary', 'training_batch',
+__all__ = ['RECIPES', 'patches', 'codebook', 'exact_codes', 'spread_codes', 'distill_vq', 'vocabulary', 'habit', 'training_batch',
            'supervised_loss', 'pretrain_lm', 'pretrain']
 
 # %% ../../nbs/54_train.pretrain.ipynb #codes
@@ -91,8 +92,12 @@ def vocabulary() -> tuple:
     texts += [*scenes.SHAPES, *scenes.COLORS, *scenes.RELATIONS, *scenes.PLACES, "circles squares triangles crosses", *prompts.NUMBERS.values(), questions.INSTRUCTION, ":"]
     return tuple(sorted({w for t in texts for w in re.findall(r"\w+|[^\w\s]+", re.sub(r"</?\w+>", " ", t))}))
 
+def habit(prompt) -> float:
+    "Share of terse replies in the second half: people blurt out letters, and what they see at a glance."
+    return 0.7 if prompt.choices or prompt.category in ("existence", "color", "shape") else 0.3
+
 def training_batch(policy: JanusPolicy, world: World, rng: np.random.Generator, draws: int, asks: int,
-                   wrong: float = 0.4, terse: float = 0.6, dropped: float = 0.1, riddles: float = 0.2) -> list[Part]:
+                   wrong: float = 0.4, terse: Callable = lambda prompt: 0.55, dropped: float = 0.1, riddles: float = 0.2) -> list[Part]:
     "One supervised batch as parts: codes of pictures, tokens of replies. Training combinations only."
     one = lambda options: options[int(rng.integers(len(options)))]
     def draw():
@@ -110,7 +115,7 @@ def training_batch(policy: JanusPolicy, world: World, rng: np.random.Generator, 
     image = Part("image", torch.arange(draws), actions, torch.ones_like(actions, dtype=torch.bool), context, torch.arange(draws))
     kinds = [one(KINDS) for _ in range(asks)]
     questions = [question_prompt(k, one(_COMBOS(k)), world, rng) for k in kinds]
-    replies = [reply(p, world, worked=rng.random() >= terse) for p in questions]
+    replies = [reply(p, world, worked=rng.random() >= terse(p)) for p in questions]
     return [image, *policy.encode(questions, replies, [None] * asks).parts]
 
 def _COMBOS(kind: str) -> list: return question_combinations(kind, "train")
@@ -121,7 +126,7 @@ def supervised_loss(policy, parts: list[Part]) -> tuple[Tensor, dict]:
     losses = {p.kind: -policy(p).sum() / p.mask.sum() for p in parts}
     return sum(losses.values()), {k: v.item() for k, v in losses.items()}
 
-def pretrain_lm(policy: JanusPolicy, world: World, folder: Path, seed: int = 0, steps: int = 4000, draws: int = 40, asks: int = 32,
+def pretrain_lm(policy: JanusPolicy, world: World, folder: Path, seed: int = 0, steps: int = 4000, draws: int = 32, asks: int = 40,
                 lr: float = 2e-3, save_every: int = 200, track=None) -> JanusPolicy:
     "Supervised pretraining of everything but the VQ, resumable from `folder`."
     for n, p in policy.named_parameters(): p.requires_grad_("vqmodel" not in n)
@@ -134,7 +139,7 @@ def pretrain_lm(policy: JanusPolicy, world: World, folder: Path, seed: int = 0, 
         start, state, notes = load_checkpoint(folder)
         policy.load_state_dict(state["policy"], strict=False); opt.load_state_dict(state["opt"]); schedule.load_state_dict(state["schedule"])
     for step in range(start, steps):
-        loss, losses = supervised_loss(policy, training_batch(policy, world, rng_for(seed, "pretrain", step), draws, asks))
+        loss, losses = supervised_loss(policy, training_batch(policy, world, rng_for(seed, "pretrain", step), draws, asks, **({} if step < steps // 2 else dict(terse=habit))))
         opt.zero_grad(); loss.backward(); torch.nn.utils.clip_grad_norm_(params, 1.0); opt.step(); schedule.step()
         if track: track(step, losses)
         if (step + 1) % save_every == 0 or step + 1 == steps:

@@ -10,12 +10,12 @@ from itertools import product
 import numpy as np
 
 from ..core import Prompt, UserError, nearest, rng_for
-from .prompts import is_held_out
+from .prompts import _an, is_held_out
 from .scenes import COLORS, RELATIONS, SHAPES, World, random_scene, relations, render
 
 # %% auto #0
 __all__ = ['KINDS', 'POPULAR', 'INSTRUCTION', 'question_combinations', 'question_scene', 'question_prompt', 'question_prompts',
-           'describe', 'reply']
+           'describe', 'working', 'reply']
 
 # %% ../../nbs/07_world.questions.ipynb #combos
 KINDS = ("existence", "count", "color", "shape", "relation", "compare")
@@ -23,46 +23,47 @@ POPULAR = (("circle", "red"), ("square", "blue"), ("triangle", "green"), ("cross
 
 def question_combinations(kind: str, split: str, max_objects: int = 4) -> list:
     "The combinations of one kind of question on one side of the split."
-    axes = {"existence": (COLORS, SHAPES), "count": (range(max_objects + 1), COLORS, SHAPES), "color": (SHAPES, COLORS),
-            "shape": (COLORS, SHAPES), "relation": (SHAPES, RELATIONS, SHAPES), "compare": (SHAPES, SHAPES, range(max_objects))}
+    things = range(1, max_objects + 1)
+    axes = {"existence": (COLORS, SHAPES, things), "count": (range(max_objects + 1), COLORS, SHAPES), "color": (SHAPES, COLORS, things),
+            "shape": (COLORS, SHAPES, things), "relation": (SHAPES, RELATIONS, SHAPES, things[1:]), "compare": (SHAPES, SHAPES, range(max_objects), things)}
     if kind not in axes: raise UserError(f"unknown question kind {kind!r}. {nearest(kind, axes)}")
-    keep = lambda c: kind != "compare" or c[0] != c[1]
+    keep = lambda c: kind != "compare" or (c[0] != c[1] and c[2] <= c[3])
     return [c for c in product(*axes[kind]) if keep(c) and is_held_out(c) == (split == "test")]
 
 # %% ../../nbs/07_world.questions.ipynb #scene
 def _pick(rng, options): return options[int(rng.integers(len(options)))]
 
 def _existence(c, rng):
-    color, shape = c
+    color, shape, things = c
     yes = rng.random() < 0.5
     how = "" if yes else _pick(rng, ("random", "popular", "adversarial"))
-    if how == "popular": shape, color = _pick(rng, [k for k in POPULAR if is_held_out(k[::-1]) == is_held_out(c)] or [(shape, color)])
+    if how == "popular": shape, color = _pick(rng, [k for k in POPULAR if is_held_out((*k, things)) == is_held_out(c)] or [(shape, color)])
     near = [(shape, _pick(rng, [k for k in COLORS if k != color])), (_pick(rng, [s for s in SHAPES if s != shape]), color)]
-    need = [(shape, color)] if yes else near if how == "adversarial" else []
-    return need, lambda s, k: (s, k) == (shape, color), f"is there a {color} {shape}?", "yes" if yes else "no", (), how
+    need = [(shape, color)] if yes else near[:things] if how == "adversarial" else []
+    return need, lambda s, k: (s, k) == (shape, color), things, f"is there {_an(color + ' ' + shape)}?", "yes" if yes else "no", (), how
 
 def _count(c, rng):
     n, color, shape = c
-    return [(shape, color)] * n, lambda s, k: (s, k) == (shape, color), f"how many {color} {_plural(shape)} are there?", str(n), [str(i) for i in range(5)], ""
+    return [(shape, color)] * n, lambda s, k: (s, k) == (shape, color), None, f"how many {color} {_plural(shape)} are there?", str(n), [str(i) for i in range(5)], ""
 
 def _color(c, rng):
-    shape, color = c
-    return [(shape, color)], lambda s, k: s == shape, f"what color is the {shape}?", color, list(COLORS), ""
+    shape, color, things = c
+    return [(shape, color)], lambda s, k: s == shape, things, f"what color is the {shape}?", color, list(COLORS), ""
 
 def _shape(c, rng):
-    color, shape = c
-    return [(shape, color)], lambda s, k: k == color, f"what shape is the {color} thing?", shape, list(SHAPES), ""
+    color, shape, things = c
+    return [(shape, color)], lambda s, k: k == color, things, f"what shape is the {color} thing?", shape, list(SHAPES), ""
 
 def _relation(c, rng):
-    a, relation, b = c
+    a, relation, b, things = c
     ca, cb = rng.choice(list(COLORS), 2, replace=False)
-    return [(a, ca), (b, cb)], lambda s, k: (s, k) in ((a, ca), (b, cb)), f"where is the {ca} {a}, seen from the {cb} {b}?", relation, list(RELATIONS), ""
+    return [(a, ca), (b, cb)], lambda s, k: (s, k) in ((a, ca), (b, cb)), things, f"where is the {ca} {a}, seen from the {cb} {b}?", relation, list(RELATIONS), ""
 
 def _compare(c, rng):
-    a, b, more = c
-    fewer = int(rng.integers(0, (4 - more) // 2 + 1))
+    a, b, more, things = c
+    fewer = int(rng.integers(0, (things - more) // 2 + 1))
     need = [(a, _pick(rng, list(COLORS))) for _ in range(fewer + more)] + [(b, _pick(rng, list(COLORS))) for _ in range(fewer)]
-    return need, lambda s, k: s in (a, b), f"how many more {_plural(a)} than {_plural(b)} are there?", str(more), [str(i) for i in range(4)], ""
+    return need, lambda s, k: s in (a, b), things, f"how many more {_plural(a)} than {_plural(b)} are there?", str(more), [str(i) for i in range(4)], ""
 
 def _plural(shape): return shape + ("es" if shape == "cross" else "s")
 _ASK = dict(existence=_existence, count=_count, color=_color, shape=_shape, relation=_relation, compare=_compare)
@@ -70,10 +71,10 @@ _ASK = dict(existence=_existence, count=_count, color=_color, shape=_shape, rela
 def question_scene(kind: str, c: tuple, world: World, rng: np.random.Generator) -> tuple:
     "A scene and question with the combination's answer: (scene, question, answer, wrong answers, kind of negative)."
     for _ in range(100):
-        need, forbidden, question, answer, options, how = _ASK[kind](c, rng)
+        need, forbidden, things, question, answer, options, how = _ASK[kind](c, rng)
         others = [(s, k) for s in SHAPES for k in COLORS if not forbidden(s, k)]
         w = np.array([3.0 if o in POPULAR else 1.0 for o in others])
-        extra = int(rng.integers(0 if need else 1, max(world.max_objects - len(need), 0) + 1))
+        extra = things - len(need) if things else int(rng.integers(0 if need else 1, max(world.max_objects - len(need), 0) + 1))
         kinds = need + [others[i] for i in rng.choice(len(others), extra, p=w / w.sum())]
         try: scene = random_scene(world, rng, kinds=kinds)
         except UserError: continue                                   # does not fit: draw other bystanders
@@ -112,9 +113,16 @@ def describe(scene: tuple, world: World) -> str:
     order = sorted(scene, key=lambda t: (t.y // world.cell, t.x // world.cell))
     return " ; ".join(f"{t.color} {t.shape} {t.y // world.cell} {t.x // world.cell}" for t in order) or "nothing"
 
+def working(prompt: Prompt, world: World) -> str:
+    "The step from the list to the answer, where there is one: two places to compare, or two counts."
+    kind, c, scene = prompt.category, prompt.meta["combination"], prompt.meta["scene"]
+    if kind == "relation": return " : " + " ".join(f"{t.shape} {t.y // world.cell} {t.x // world.cell}" for t in scene[:2])
+    if kind == "compare": return " : " + " ".join(f"{s} {sum(t.shape == s for t in scene)}" for s in c[:2])
+    return ""
+
 def reply(prompt: Prompt, world: World = World(), worked: bool = True, answer: str | None = None) -> str:
     "A well-formed reply to a question, worked or terse; with `answer`, a different one than the truth."
     answer = answer or prompt.answer
-    said = prompt.choices["ABCD".index(answer)] if prompt.choices else answer
-    thought = f"{describe(prompt.meta['scene'], world)} so {said}" if worked else "looking"
+    said = f"{prompt.choices['ABCD'.index(answer)]} {answer}" if prompt.choices else answer
+    thought = f"{describe(prompt.meta['scene'], world)}{working(prompt, world)} so {said}" if worked else "looking"
     return f"<think> {thought} </think> <answer> {answer} </answer>"
