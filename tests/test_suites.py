@@ -12,7 +12,7 @@ from unify_rl.policies.base import Policy
 from unify_rl.train.runlog import RunLog, read_samples
 from unify_rl.world.prompts import scene_for
 from unify_rl.world.questions import reply
-from unify_rl.world.scenes import World, render
+from unify_rl.world.scenes import PLACES, World, render
 
 
 class Known(Policy):
@@ -73,7 +73,8 @@ def test_scorers_that_differ_are_seen_to_differ(monkeypatch):
     suite = load_suite("shapes-geneval", 60)
     colors = [p for p in suite.prompts if p.category == "colors"]
     wanted = [p.meta["combination"] for p in colors]
-    def fooled(images, world): return [[Detection(shape, color, (8, 8, 16, 16))] for color, shape in wanted]
+    def box(place): y, x = divmod(PLACES.index(place), 3); return 8 * x, 8 * y, 8 * x + 8, 8 * y + 8
+    def fooled(images, world): return [[Detection(shape, color, box(place))] for color, shape, place in wanted]
     monkeypatch.setattr(suites, "detect_templates", fooled)
     res = evaluate(Known(0.0), suites.Suite("shapes-geneval", "generate", colors))
     assert (res.overall, res.mean("second"), res.agreement) == (1.0, 0.0, 0.0)

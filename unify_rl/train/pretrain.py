@@ -97,7 +97,7 @@ def habit(prompt) -> float:
     return 0.7 if prompt.choices or prompt.category in ("existence", "color", "shape") else 0.3
 
 def training_batch(policy: JanusPolicy, world: World, rng: np.random.Generator, draws: int, asks: int,
-                   wrong: float = 0.4, terse: Callable = lambda prompt: 0.55, dropped: float = 0.1, riddles: float = 0.2) -> list[Part]:
+                   wrong: float = 0.3, terse: Callable = lambda prompt: 0.55, dropped: float = 0.1, riddles: float = 0.2) -> list[Part]:
     "One supervised batch as parts: codes of pictures, tokens of replies. Training combinations only."
     one = lambda options: options[int(rng.integers(len(options)))]
     def draw():
@@ -105,7 +105,7 @@ def training_batch(policy: JanusPolicy, world: World, rng: np.random.Generator, 
         if rng.random() < riddles:
             cat = one(RIDDLES)
             return riddle_prompt(cat, one(split_combinations(cat, "train")), int(rng.integers(3)), t)
-        cat = one(CATEGORIES)
+        cat = one((*CATEGORIES, "color_attribution"))           # the hardest one twice as often
         return draw_prompt(cat, one(split_combinations(cat, "train")), t)
     prompts = [draw() for _ in range(draws)]
     actions = exact_codes(render_batch(captioned(prompts, world, rng, wrong), world), world).to(policy.device)
@@ -126,7 +126,7 @@ def supervised_loss(policy, parts: list[Part]) -> tuple[Tensor, dict]:
     losses = {p.kind: -policy(p).sum() / p.mask.sum() for p in parts}
     return sum(losses.values()), {k: v.item() for k, v in losses.items()}
 
-def pretrain_lm(policy: JanusPolicy, world: World, folder: Path, seed: int = 0, steps: int = 4000, draws: int = 32, asks: int = 40,
+def pretrain_lm(policy: JanusPolicy, world: World, folder: Path, seed: int = 0, steps: int = 3000, draws: int = 48, asks: int = 24,
                 lr: float = 2e-3, save_every: int = 200, track=None) -> JanusPolicy:
     "Supervised pretraining of everything but the VQ, resumable from `folder`."
     for n, p in policy.named_parameters(): p.requires_grad_("vqmodel" not in n)
@@ -165,7 +165,7 @@ def pretrain(
 def _tiny_janus(out: Path, seed: int, work: Path, steps, vq_steps, stages, track) -> Path:
     world, policy = World(), new_janus(vocabulary(), seed=seed_for(seed, "tiny-janus") % 2**31)
     tell = lambda stage, total: (lambda s, l: track(stage, s, total, l)) if track else None
-    vq, vq_steps, steps = policy.janus.model.vqmodel, vq_steps or 1500, steps or 4000
+    vq, vq_steps, steps = policy.janus.model.vqmodel, vq_steps or 1500, steps or 3000
     if "vq" in stages and not any((work / "vq").glob("step-*")):
         distill_vq(policy, world, seed, vq_steps, track=tell("vq", vq_steps))
         save_checkpoint(work / "vq", vq_steps, dict(vq=vq.state_dict()))

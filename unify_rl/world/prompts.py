@@ -32,7 +32,7 @@ def combinations(
         "single_object": (SHAPES, PLACES),
         "two_objects": (COLORS, SHAPES, SHAPES),
         "counting": (NUMBERS, COLORS, SHAPES),
-        "colors": (COLORS, SHAPES),
+        "colors": (COLORS, SHAPES, PLACES),
         "position": (SHAPES, RELATIONS, SHAPES),
         "color_attribution": (COLORS, SHAPES, COLORS, SHAPES),
         "shape_riddle": (COLORS, SHAPES),
@@ -73,8 +73,9 @@ def phrase(category: str, c: tuple) -> str:
     "A drawing combination in English, e.g. ('red', 'circle') -> 'a red circle'."
     if category == "single_object": return f"{_an(c[0])} in the {c[1]}"
     if category == "two_objects": return f"{_an(c[0] + ' ' + c[1])} and {_an(c[2])}"
+    if category == "counting" and c[0] == 1: return _an(f"{c[1]} {c[2]}")
     if category == "counting": return f"{NUMBERS[c[0]]} {c[1]} {c[2]}{'es' if c[2] == 'cross' else 's'}"
-    if category == "colors": return _an(f"{c[0]} {c[1]}")
+    if category == "colors": return f"{_an(c[0] + ' ' + c[1])} in the {c[2]}"
     if category == "position": return f"{_an(c[0])} {c[1]} {_an(c[2])}"
     if category == "color_attribution": return f"{_an(c[0] + ' ' + c[1])} and {_an(c[2] + ' ' + c[3])}"
     raise UserError(f"category {category!r} has no drawing phrase. {nearest(category, CATEGORIES)}")
@@ -89,7 +90,7 @@ def constraints(category: str, c: tuple) -> tuple:
         "single_object": lambda: (C("total", n=1), count(c[0]), C("place", shape=c[0], place=c[1])),
         "two_objects": lambda: (C("total", n=2), count(c[1]), count(c[2]), color(c[1], c[0])),
         "counting": lambda: (C("total", n=c[0]), count(c[2], c[0]), color(c[2], c[1], c[0])),
-        "colors": lambda: (C("total", n=1), count(c[1]), color(c[1], c[0])),
+        "colors": lambda: (C("total", n=1), color(c[1], c[0]), C("place", shape=c[1], place=c[2])),
         "position": lambda: (C("total", n=2), count(c[0]), count(c[2]), C("relation", a=c[0], relation=c[1], b=c[2])),
         "color_attribution": lambda: (C("total", n=2), count(c[1]), count(c[3]), color(c[1], c[0]), color(c[3], c[2])),
     }[category]()
@@ -107,7 +108,7 @@ def scene_for(category: str, c: tuple, world: World, rng: np.random.Generator) -
     }[category]()
     for _ in range(1000):
         s = random_scene(world, rng, kinds=kinds)
-        if category == "single_object" and place(s[0].box(world), world.size) != c[1]: continue
+        if category in ("single_object", "colors") and place(s[0].box(world), world.size) != c[-1]: continue
         if category == "position" and c[1] not in relations(s[0].box(world), s[1].box(world)): continue
         return s
     raise UserError(f"no {world.size}x{world.size} scene satisfies {phrase(category, c)!r}")
@@ -116,9 +117,9 @@ def scene_for(category: str, c: tuple, world: World, rng: np.random.Generator) -
 def key_phrases(category: str, c: tuple) -> tuple:
     "Noun phrases a picture must show (LVRPO L6)."
     return {
-        "single_object": lambda: (c[0], c[1]), "colors": lambda: (f"{c[0]} {c[1]}",),
+        "single_object": lambda: (c[0], c[1]), "colors": lambda: (f"{c[0]} {c[1]}", c[2]),
         "two_objects": lambda: (f"{c[0]} {c[1]}", c[2]), "position": lambda: (c[0], c[1], c[2]),
-        "counting": lambda: (f"{NUMBERS[c[0]]} {c[1]} {c[2]}",), "color_attribution": lambda: (f"{c[0]} {c[1]}", f"{c[2]} {c[3]}"),
+        "counting": lambda: (f"{NUMBERS.get(c[0], 'one')} {c[1]} {c[2]}",), "color_attribution": lambda: (f"{c[0]} {c[1]}", f"{c[2]} {c[3]}"),
     }[category]()
 
 def draw_prompt(category: str, c: tuple, template: int = 0) -> Prompt:
@@ -163,9 +164,9 @@ RIDDLES = ("shape_riddle", "color_riddle", "number_riddle")
 def riddle_prompt(category: str, c: tuple, clue: int, template: int) -> Prompt:
     "A drawing task whose shape, color or number must be worked out."
     if category == "shape_riddle":
-        plain, text = ("colors", c), _an(f"{c[0]} {SHAPE_CLUES[c[1]][clue]}")
+        plain, text = ("counting", (1, *c)), _an(f"{c[0]} {SHAPE_CLUES[c[1]][clue]}")
     elif category == "color_riddle":
-        plain, text = ("colors", c[::-1]), f"a {c[0]} in the color of {COLOR_CLUES[c[1]][clue]}"
+        plain, text = ("counting", (1, *c[::-1])), f"a {c[0]} in the color of {COLOR_CLUES[c[1]][clue]}"
     else:
         plain = ("counting", (c[0], c[2], c[1]))
         text = f"as many {c[2]} {c[1]}{'es' if c[1] == 'cross' else 's'} as {NUMBER_CLUES[c[0]][clue]}"

@@ -123,6 +123,7 @@ def working(prompt: Prompt, world: World) -> str:
 def reply(prompt: Prompt, world: World = World(), worked: bool = True, answer: str | None = None) -> str:
     "A well-formed reply to a question, worked or terse; with `answer`, a different one than the truth."
     answer = answer or prompt.answer
-    said = f"{prompt.choices['ABCD'.index(answer)]} {answer}" if prompt.choices else answer
+    letters = dict(zip("ABCD", prompt.choices))
+    said = f"{letters[answer]} {answer}" if answer in letters else answer
     thought = f"{describe(prompt.meta['scene'], world)}{working(prompt, world)} so {said}" if worked else "looking"
     return f"<think> {thought} </think> <answer> {answer} </answer>"
