@@ -150,6 +150,27 @@ def test_a_prompt_longer_than_the_context(tiny, tmp_path):
         go(tiny, tmp_path/"r", prompts=[long], data=dict(tasks=dict(generate=1)), rewards=[redness], **{"evaluate.suites": []})
 
 
+def test_a_tracker_that_is_not_installed(tiny, tmp_path, monkeypatch):
+    import importlib.util
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="'trackio', which is not installed: pip install trackio"):
+        go(tiny, tmp_path/"r", **{"log.trackers": ["trackio"]})
+    assert not (tmp_path/"r").exists()
+
+
+# -- ways to compute the same --------------------------------------------------------------------------------------
+
+def test_recomputed_activations_train_the_same(finished, tiny, tmp_path):
+    run = go(tiny, tmp_path/"r", log=dict(groups_every=2), **{"model.checkpoint_activations": True})
+    for a, b in zip(read_metrics(finished.dir), read_metrics(run.dir)):
+        assert a["objective/grad_norm"] == pytest.approx(b["objective/grad_norm"], rel=1e-3) and a["reward/total"] == b["reward/total"]
+
+def test_mixed_precision_trains(tiny, tmp_path):
+    run = go(tiny, tmp_path/"r", **{"model.precision": "bf16", "evaluate.suites": []})
+    assert all(np.isfinite(m["objective/loss"]) and m["steps/skipped"] == 0 for m in read_metrics(run.dir))
+    assert {p.dtype for p in run.policy().parameters()} == {torch.float32}
+
+
 # -- damaged policies ----------------------------------------------------------------------------------------------
 
 def cut(path, keep=-200): path.write_bytes(path.read_bytes()[:keep])

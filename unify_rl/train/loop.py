@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import math
 import signal
 import time
@@ -52,10 +53,13 @@ class Trainer:
     "Group-relative policy optimization of any policy with any rewards."
     def __init__(self, cfg: Config, policy: Policy, stream: PromptStream, rewards: list, weights_R: torch.Tensor, log: RunLog):
         from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
         self.cfg, self.stream, self.rewards, self.weights_R, self.log = cfg, stream, rewards, weights_R, log
         covered = {t for r in rewards for t in r.tasks}
         orphan = [t for t in stream.shares if t not in covered]
         if orphan: raise UserError(f"no reward applies to the task {orphan[0]!r}; add one to rewards, or drop the task from data.tasks")
+        absent = [t for t in cfg.log.trackers if not importlib.util.find_spec(t)]
+        if absent: raise UserError(f"log.trackers names {absent[0]!r}, which is not installed: pip install {absent[0]}, or leave it out")
         policy.remat, policy.logp_chunk = cfg.model.checkpoint_activations, cfg.model.logp_chunk
         if cfg.model.lora_rank: policy.add_lora(cfg.model.lora_rank, cfg.model.lora_alpha, cfg.model.lora_targets or policy.lora_targets)
         else: policy.train_only(cfg.model.train or list(policy.trains))
@@ -63,6 +67,7 @@ class Trainer:
         o = cfg.optimizer
         self.params = [p for p in policy.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(self.params, o.lr, betas=(o.beta1, o.beta2), weight_decay=o.weight_decay)
+        AcceleratorState._reset_state()                 # or a second run in one session could not choose another precision
         self.accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(cfg.model.precision, cfg.model.precision), cpu=not torch.cuda.is_available(),
                                        log_with=cfg.log.trackers or None, project_dir=str(log.dir))
         if cfg.log.trackers: self.accelerator.init_trackers("unify_rl", config={"recipe": cfg.recipe, "policy": cfg.policy, "seed": cfg.seed})
