@@ -127,7 +127,7 @@ def supervised_loss(policy, parts: list[Part]) -> tuple[Tensor, dict]:
     return sum(losses.values()), {k: v.item() for k, v in losses.items()}
 
 def pretrain_lm(policy: JanusPolicy, world: World, folder: Path, seed: int = 0, steps: int = 3000, draws: int = 48, asks: int = 24,
-                lr: float = 2e-3, save_every: int = 200, track=None) -> JanusPolicy:
+                lr: float = 2e-3, wrong: float = 0.3, habits: float = 0.5, name: str = "pretrain", save_every: int = 200, track=None) -> JanusPolicy:
     "Supervised pretraining of everything but the VQ, resumable from `folder`."
     for n, p in policy.named_parameters(): p.requires_grad_("vqmodel" not in n)
     params = [p for p in policy.parameters() if p.requires_grad]
@@ -139,7 +139,8 @@ def pretrain_lm(policy: JanusPolicy, world: World, folder: Path, seed: int = 0, 
         start, state, notes = load_checkpoint(folder)
         policy.load_state_dict(state["policy"], strict=False); opt.load_state_dict(state["opt"]); schedule.load_state_dict(state["schedule"])
     for step in range(start, steps):
-        loss, losses = supervised_loss(policy, training_batch(policy, world, rng_for(seed, "pretrain", step), draws, asks, **({} if step < steps // 2 else dict(terse=habit))))
+        mood = dict(terse=habit) if step >= habits * steps else {}
+        loss, losses = supervised_loss(policy, training_batch(policy, world, rng_for(seed, name, step), draws, asks, wrong, **mood))
         opt.zero_grad(); loss.backward(); torch.nn.utils.clip_grad_norm_(params, 1.0); opt.step(); schedule.step()
         if track: track(step, losses)
         if (step + 1) % save_every == 0 or step + 1 == steps:
@@ -153,9 +154,9 @@ def pretrain(
     out: str | Path,                # folder for the finished model
     seed: int = 0,
     work: str | Path | None = None, # folder for checkpoints; default runs/pretrain-NAME-sSEED
-    steps: int | None = None,       # steps of the language stage; default the recipe's
+    steps: int | None = None,       # steps of the stage lm, the stage questions has 0.3 times as many; default the recipe's
     vq_steps: int | None = None,    # steps of the VQ stage
-    stages: tuple = ("vq", "lm"),   # which stages to run before writing; finished ones are skipped
+    stages: tuple = ("vq", "lm", "questions"),   # which stages to run before writing; finished ones are skipped
     track=None,                     # called with (stage, step, total, losses)
 ) -> Path:
     "Rebuild a shipped tiny model from its seed; resumable."
@@ -170,8 +171,12 @@ def _tiny_janus(out: Path, seed: int, work: Path, steps, vq_steps, stages, track
         distill_vq(policy, world, seed, vq_steps, track=tell("vq", vq_steps))
         save_checkpoint(work / "vq", vq_steps, dict(vq=vq.state_dict()))
     if "lm" in stages: pretrain_lm(policy, world, work / "lm", seed, steps, track=tell("lm", steps))
-    vq.load_state_dict(load_checkpoint(work / "vq")[1]["vq"])
     policy.load_state_dict(load_checkpoint(work / "lm")[1]["policy"], strict=False)
+    more = max(1, round(0.3 * steps))
+    if "questions" in stages:
+        pretrain_lm(policy, world, work / "questions", seed, more, 24, 56, 1.5e-3, 0.7, 0.0, "questions", track=tell("questions", more))
+    policy.load_state_dict(load_checkpoint(work / "questions")[1]["policy"], strict=False)
+    vq.load_state_dict(load_checkpoint(work / "vq")[1]["vq"])
     policy.save_pretrained(out)
     return out
 
