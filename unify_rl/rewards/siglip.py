@@ -92,7 +92,7 @@ class Siglip(nn.Module):
     def __init__(self, model, tokenizer, name: str = "siglip"):
         super().__init__()
         self.model, self.tokenizer, self.name = model, tokenizer, name
-        self.trunk, self.cfg = model.visual.trunk, dict(model.visual.preprocess_cfg)
+        self.trunk, self.cfg = getattr(model.visual, "trunk", None), dict(model.visual.preprocess_cfg)
         if not hasattr(getattr(self.trunk, "attn_pool", None), "kv") or len(model.visual.head):
             raise UserError(f"{name} is not of SigLIP's type: it has no attention-pooling head that ends in the joint space, "
                             f"so its patches have no place there. Use a SigLIP or SigLIP 2 model")
@@ -159,6 +159,7 @@ def load_siglip(name: str, pretrained: str = "", device: str = "cpu") -> Siglip:
     where, tag = find_siglip(name, pretrained)
     try:
         model = open_clip.create_model(where, pretrained=tag, device=device, require_pretrained=True)
+        if not all(p.isfinite().all() for p in model.parameters()): raise ValueError("its weights are not all finite")
         return Siglip(model, open_clip.get_tokenizer(where), name)
     except UserError: raise
     except Exception as e:
