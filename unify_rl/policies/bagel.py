@@ -200,7 +200,7 @@ def check_keys(want: dict, have: dict, file: str) -> None:
     lost, spare = [k for k in want if k not in have], [k for k in have if k not in want]
     odd = [k for k in want if k in have and tuple(want[k]) != tuple(have[k])]
     if lost: raise UserError(f"{file}: {lost[0]} is missing" + (f" (and {len(lost) - 1} more)" if lost[1:] else "") + (f"; {spare[0]} is not known" if spare else ""))
-    if spare: raise UserError(f"{file}: {spare[0]} is not a part of the model that config.json describes. {nearest(spare[0], list(want)[:0])}".replace(" Known: (none).", ""))
+    if spare: raise UserError(f"{file}: {spare[0]} belongs to no part of the model that the configuration describes")
     if odd: raise UserError(f"{file}: {odd[0]} is {tuple(have[odd[0]])}, but the configuration says {tuple(want[odd[0]])}")
 
 def bagel_shapes(folder: str | Path) -> dict:
@@ -276,8 +276,7 @@ class Guidance:
         if not 0 <= self.interval[0] < self.interval[1] <= 1:
             raise UserError(f"the guidance interval is {tuple(self.interval)}; it must be (low, high) with 0 <= low < high <= 1, where t = 1 is noise")
 
-RENORMS = dict(global_=(1, 2), channel=(2,), text_channel=(2,))        # dimensions of [b, L, C] that a length is taken over
-RENORMS = {k.rstrip("_"): v for k, v in RENORMS.items()}
+RENORMS = {"global": (1, 2), "channel": (2,), "text_channel": (2,)}     # dimensions of [b, L, C] that a length is taken over
 GUIDANCE = dict(generate=Guidance(), edit=Guidance(2.0, (0.0, 1.0), "text_channel"))     # as the authors draw
 
 def guide_velocity(
@@ -451,6 +450,11 @@ class BagelPolicy(Policy):
         pattern = r".*language_model.*\.(" + "|".join(map(re.escape, targets)) + ")"
         self.requires_grad_(False)
         self.model = get_peft_model(self.model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=pattern))
+
+    def upcycle(self, experts: int = 8, top_k: int = 2, noise: float = 0.0) -> None:
+        "Replace the two feed-forward experts of every layer by learned-routed copies (see the lesson on Mixture-of-Transformers)."
+        for layer in self.body.layers: upcycle(layer, experts, top_k, noise=noise)
+        self.config = self.config | dict(config=self.config["config"] | dict(experts=experts, top_k=top_k))
 
     def keep_reference(self) -> None:
         "With LoRA the reference is the model without its adapter; otherwise a frozen copy."
