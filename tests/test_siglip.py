@@ -218,3 +218,39 @@ def test_the_reward_prefers_right_pictures(form):
     reward = siglip_reward("x", Referee(load_siglip("tiny-siglip")), form)
     a, b = (reward(prompts, Rollout(prompts, 1, [], [None] * 120, list(x))).values for x in (right, other))
     assert (a > b).mean() > 0.9
+
+# -- the judge of the knowledge reward
+
+JANUS = str(ASSET.parent/"tiny-janus")
+WORDING = dict(yes="yes", no="no", question="is there a {phrase}?")
+
+def test_a_judge_by_transformers_does_not_depend_on_padding():
+    from unify_rl.rewards.knowledge import Wording, load_judge
+    judge = load_judge(JANUS, Wording(**WORDING))
+    images = list(np.random.default_rng(0).integers(0, 256, (3, 24, 24, 3), dtype=np.uint8))
+    questions = ["is there a red circle?", "how many green crosses are there? think first, then answer.", "what shape is the red thing?"]
+    together = judge(questions, images)
+    alone = torch.cat([judge([q], [im]) for q, im in zip(questions, images)])
+    assert (together - alone).abs().max() < 1e-5 and ((0 < together) & (together < 1)).all()
+    assert not torch.allclose(together, judge(questions, images[::-1]), atol=1e-6)             # it looks at the pictures
+
+def test_a_policy_judge_says_what_its_own_forward_says():
+    from unify_rl.policies.load import load_policy
+    from unify_rl.rewards.knowledge import PolicyJudge, Wording
+    policy, word = load_policy("tiny-janus"), Wording("{phrase}", "<answer> {} </answer>", "yes", "no", "ratio")
+    image = np.full((24, 24, 3), 255, np.uint8)
+    got = PolicyJudge(policy, word)(["is there a red circle?"], [image])
+    def logp(text):
+        part = policy.encode([Prompt("x", "answer", "is there a red circle?", image=image)], [text], [None]).parts[0]
+        return float(policy(part).sum())
+    y, n = logp("<answer> yes </answer>"), logp("<answer> no </answer>")
+    assert abs(float(got) - np.exp(y) / (np.exp(y) + np.exp(n))) < 1e-5
+    assert not any(p.requires_grad for p in policy.parameters())
+
+def test_a_judge_without_a_yes_token_and_other_faults(tmp_path):
+    with pytest.raises(UserError, match="no single token for 'Yes'"): build_rewards([dict(name="knowledge", settings=dict(model=JANUS))])
+    with pytest.raises(UserError, match="could not be loaded as an image-text-to-text model"):
+        build_rewards([dict(name="knowledge", settings=dict(model=str(tmp_path)))])
+    rewards, _ = build_rewards([dict(name="knowledge", settings=dict(model=JANUS, **WORDING))])
+    prompts, images = _batch(3)
+    assert score(rewards, prompts, Rollout(prompts, 1, [], [None] * 3, [images[0]] * 3)).scores_RB.isfinite().tolist() == [[True, False, True]]

@@ -58,6 +58,14 @@ def write_words(words: list[str], folder: Path) -> int:
     PreTrainedTokenizerFast(tokenizer_object=tok, pad_token="<pad>", unk_token="<unk>", padding_side="right").save_pretrained(folder)
     return len(vocab)
 
+def _scale_init(model: nn.Module) -> None:
+    "Re-draw weights with the scale that suits a small width; positions as loud as what stands there."
+    trunk, text = model.visual.trunk, model.text
+    deep = (2 * len(trunk.blocks)) ** -0.5
+    for name, m in trunk.named_modules():
+        if isinstance(m, nn.Linear): nn.init.normal_(m.weight, std=m.in_features**-0.5 * (deep if name.endswith((".proj", ".fc2")) else 1.0))
+    for w in (trunk.pos_embed, text.token_embedding.weight, text.positional_embedding): nn.init.normal_(w, std=0.5)
+
 def new_siglip(words: list[str], folder: str | Path, seed: int = 0, **sizes) -> "Siglip":
     "A small referee with random weights, written to `folder` and loaded from there like any other."
     import open_clip
@@ -70,6 +78,7 @@ def new_siglip(words: list[str], folder: str | Path, seed: int = 0, **sizes) -> 
         mean=half, std=half, interpolation="bicubic", resize_mode="squash")), indent=1) + "\n")
     torch.manual_seed(seed)
     model = open_clip.CustomTextCLIP(**{k: v for k, v in config.items() if k != "custom_text"})
+    _scale_init(model)
     save_file(model.state_dict(), folder/"open_clip_model.safetensors")
     return load_siglip(str(folder))
 
