@@ -256,7 +256,7 @@ def new_bagel(
     vit = dict(hidden_size=hidden // 2, num_hidden_layers=3, num_attention_heads=2, intermediate_size=hidden, patch_size=patch, image_size=image)
     top = dict(model_type="bagel", architectures=["BagelForConditionalGeneration"], latent_patch_size=latent_patch, max_latent_size=image // unit,
                vit_max_num_patch_per_side=image // patch, connector_act="gelu_pytorch_tanh", image_size=image,
-               vae_transform=[image, image], vit_transform=[image, image], vae_config=dict(z_channels=z, downsample=2 ** (len(vae) - 1), scale_factor=1.0, shift_factor=0.0))
+               vae_transform=[image, image], vit_transform=[image, image], drawing=dict(steps=15), guidance=dict(generate=dict(interval=[0.0, 1.0])), vae_config=dict(z_channels=z, downsample=2 ** (len(vae) - 1), scale_factor=1.0, shift_factor=0.0))
     torch.manual_seed(seed)
     net = Bagel(llm, vit, latent_patch**2 * z, image // unit)
     _scale_init(net)
@@ -389,8 +389,9 @@ class BagelPolicy(Policy):
     def __init__(self, net: Bagel, vae, tokenizer, config: dict, name: str = "bagel"):
         super().__init__()
         self.model, self.vae, self.tokenizer, self.config, self.name = net, vae, tokenizer, config, name
-        self.drawing, self.guidance = Drawing(), dict(GUIDANCE)
         top = config["config"]
+        self.drawing = Drawing(**top.get("drawing", {}))
+        self.guidance = GUIDANCE | {k: Guidance(**g) for k, g in top.get("guidance", {}).items()}
         self.think_prompt, self.latent_patch = top.get("think_prompt", THINK), top.get("latent_patch_size", 2)
         scale = top.get("vae_config") or {}
         self.vae_scale, self.vae_shift = scale.get("scale_factor", 0.3611), scale.get("shift_factor", 0.1159)
@@ -406,7 +407,7 @@ class BagelPolicy(Policy):
     def from_pretrained(cls, folder: str | Path, name: str | None = None, dtype: torch.dtype | None = None) -> "BagelPolicy":
         "Load a folder in BAGEL's own layout."
         from safetensors.torch import load_file
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, PretrainedConfig
         folder = Path(folder)
         config, shapes = read_config(folder), [file_shapes(folder/f) for f in FILES]
         net, vae = build(config, *shapes)
@@ -417,7 +418,7 @@ class BagelPolicy(Policy):
         weights, levels = load_file(folder/FILES[1]), len(vae.config.block_out_channels)
         vae.load_state_dict({k: cast(weights[vae_name(k, levels)].view(w.shape)) for k, w in vae.state_dict().items()}, assign=True)
         vae.requires_grad_(False)
-        return cls(net, vae, AutoTokenizer.from_pretrained(folder), config, name or folder.name)
+        return cls(net, vae, AutoTokenizer.from_pretrained(folder, config=PretrainedConfig()), config, name or folder.name)
 
     def save_pretrained(self, folder: str | Path) -> None:
         "Write BAGEL's own layout, LoRA merged in."
@@ -429,7 +430,7 @@ class BagelPolicy(Policy):
         save_file(plain(vae_state(self.vae)), folder/FILES[1], metadata={"format": "pt"})
         top = dict(self.config["config"])
         top["vae_config"] = dict(top.get("vae_config") or {}, scale_factor=self.vae_scale, shift_factor=self.vae_shift)
-        top["think_prompt"] = self.think_prompt
+        top |= dict(think_prompt=self.think_prompt, drawing=asdict(self.drawing), guidance={k: asdict(g) for k, g in self.guidance.items()})
         for name, x in (self.config | dict(config=top)).items(): (folder/f"{name}.json").write_text(json.dumps(x, indent=1) + "\n")
         self.tokenizer.save_pretrained(folder)
 
