@@ -304,6 +304,7 @@ def sample(**kw): return flow.sample_flow(Net(), noise(), **(settings() | kw))
     (lambda: flow.forward_draws(noise(), 0, torch.arange(5), 0), "at least 1"),
     (lambda: flow.forward_draws(noise(), 0, torch.arange(4)), "5 samples but 4"),
     (lambda: flow.step_logp(noise(), noise(), 0.0), "without noise"),
+    (lambda: sample(generator=flow.row_generators(0, torch.arange(4))), "4 generators for 5 rows"),
     (lambda: flow.flow_loss(Net(), noise(), noise(), torch.ones(5), "avg"), "unknown reduction"),
 ])
 def test_bad_input(call, words):
