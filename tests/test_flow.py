@@ -211,6 +211,7 @@ def test_batched_equals_one_by_one(form):
     for i in range(5):
         alone = flow.forward_draws(x[i:i+1], 3, rows[i:i+1])
         assert torch.equal(alone.t[0], drawn.t[i]) and torch.equal(alone.noise[0], drawn.noise[i])
+    assert len({x.sum().item() for x in drawn.noise.flatten(0, 1)}) == 20 and len(set(drawn.t.flatten().tolist())) == 20   # all rows and draws differ
 
 
 def test_a_part_can_be_cut_without_changing_its_logp():
