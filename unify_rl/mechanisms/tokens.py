@@ -233,12 +233,13 @@ def sample_tokens(
     cfg: float = 1.0,
     stop: int | None = None,        # token that ends an output
     pad: int = 0,                   # token written after the end
+    decoder: Callable = _Decoder,   # (lm, prefix, group_size, steps) -> object with `.step`
 ) -> Sampled:
     "Decode all groups together from the shared prefixes."
     if temperature < 0 or not 0 < top_p <= 1: raise UserError(f"temperature {temperature} must be >= 0 and top_p {top_p} in (0, 1]")
     guided, tau, greedy = cfg != 1, temperature or 1.0, temperature == 0
     B = len(prefix.last_nD) * group_size // (2 if guided else 1)
-    dec = _Decoder(lm, prefix, group_size, steps)
+    dec = decoder(lm, prefix, group_size, steps)
     state = prefix.last_nD.repeat_interleave(group_size, 0)
     tokens = torch.full((B, steps), pad, dtype=torch.long, device=state.device)
     mask = torch.zeros(B, steps, dtype=torch.bool, device=state.device)

@@ -14,11 +14,12 @@ from typing import Callable, NamedTuple
 import torch
 
 from ..core import UserError, nearest
+from .bagel import FILES as BAGEL_FILES, BagelPolicy, bagel_shapes
 from .base import Policy
 from .janus import JanusPolicy
 
 # %% auto #0
-__all__ = ['FAMILIES', 'read_json', 'weight_files', 'tensor_shapes', 'janus_skeleton', 'Family', 'misfits', 'family_of',
+__all__ = ['FAMILIES', 'read_json', 'weight_files', 'tensor_shapes', 'janus_shapes', 'Family', 'misfits', 'family_of',
            'check_folder', 'load_folder', 'policies', 'hub_folder', 'find_policy', 'load_policy']
 
 # %% ../../nbs/29_policies.load.ipynb #json
@@ -32,24 +33,25 @@ def read_json(path: Path) -> dict:
     return x
 
 # %% ../../nbs/29_policies.load.ipynb #headers
-def weight_files(folder: Path) -> list[Path]:
-    "The safetensors files of a model, all of them there."
+def weight_files(folder: Path, names: tuple = ()) -> list[Path]:
+    "The safetensors files of a model, all of them there: `names`, or what the index names, or all."
     index = folder/"model.safetensors.index.json"
-    if not index.exists(): files = sorted(folder.glob("*.safetensors"))
+    if names: files, index = [folder/name for name in names], folder/"config.json"
+    elif not index.exists(): files = sorted(folder.glob("*.safetensors"))
     else:
         try: files = [folder/Path(name).name for name in sorted(set(read_json(index)["weight_map"].values()))]
         except (KeyError, AttributeError, TypeError): raise UserError(f"{index} has no weight_map of tensors to files") from None
     lost = [f for f in files if not f.is_file()]
-    if lost: raise UserError(f"{lost[0]} is missing, but {index.name} names it. Copy or download the folder again")
+    if lost: raise UserError(f"{lost[0]} is missing, but {index.name} calls for it. Copy or download the folder again")
     if not files:
         raise UserError(f"{folder} has no weights: no *.safetensors file. Other formats are not read, since they can run code")
     return files
 
-def tensor_shapes(folder: Path) -> dict:
+def tensor_shapes(folder: Path, names: tuple = ()) -> dict:
     "Tensor name -> shape, from the headers of the weight files."
     from safetensors import SafetensorError, safe_open
     shapes = {}
-    for file in weight_files(folder):
+    for file in weight_files(folder, names):
         try:
             with safe_open(file, "pt") as f: shapes |= {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
         except (SafetensorError, OSError) as e:
@@ -57,25 +59,28 @@ def tensor_shapes(folder: Path) -> dict:
     return shapes
 
 # %% ../../nbs/29_policies.load.ipynb #fit
-def janus_skeleton(folder: Path) -> torch.nn.Module:
-    "The Janus that a folder's `config.json` describes, without weights."
+def janus_shapes(folder: Path) -> dict:
+    "Name -> shape of the tensors of the Janus that a folder's `config.json` describes."
     from transformers import JanusConfig, JanusForConditionalGeneration
-    with torch.device("meta"): return JanusForConditionalGeneration(JanusConfig.from_pretrained(folder))
+    with torch.device("meta"): model = JanusForConditionalGeneration(JanusConfig.from_pretrained(folder))
+    tied = tuple(getattr(model, "all_tied_weights_keys", None) or ())
+    return {k: tuple(v.shape) for k, v in model.state_dict().items() if k not in tied}
 
 class Family(NamedTuple):
     "How policies of one `model_type` are read."
     load: Callable          # (folder, name=, **kwargs) -> Policy
-    skeleton: Callable      # folder -> the model without weights
+    shapes: Callable        # folder -> name and shape of every tensor that the configuration calls for
     needs: tuple            # files besides the weights
+    weights: tuple = ()     # the weight files, if they always have the same names
 
-FAMILIES = {"janus": Family(JanusPolicy.from_pretrained, janus_skeleton,
-                            ("processor_config.json", "tokenizer.json", "tokenizer_config.json"))}
+FAMILIES = {"janus": Family(JanusPolicy.from_pretrained, janus_shapes,
+                            ("processor_config.json", "tokenizer.json", "tokenizer_config.json")),
+            "bagel": Family(BagelPolicy.from_pretrained, bagel_shapes,
+                            ("llm_config.json", "vit_config.json", "tokenizer_config.json"), BAGEL_FILES)}
 
-def misfits(model: torch.nn.Module, shapes: dict) -> list[str]:
-    "Tensors that the configuration and the weight files disagree on."
-    own = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    tied = tuple(getattr(model, "all_tied_weights_keys", None) or ())
-    lost = [f"{k} is missing" for k in own if k not in shapes and k not in tied]
+def misfits(own: dict, shapes: dict) -> list[str]:
+    "Tensors that the configuration (`own`) and the weight files disagree on."
+    lost = [f"{k} is missing" for k in own if k not in shapes]
     return lost + [f"{k} is {shapes[k]}, not {own[k]}" for k in own if k in shapes and shapes[k] != own[k]]
 
 # %% ../../nbs/29_policies.load.ipynb #family
@@ -92,8 +97,9 @@ def check_folder(folder: Path) -> Family:
     if kind is None: raise UserError(f"{folder/'config.json'} has no model_type, so nobody can say which model it is")
     family = family_of(kind, str(folder/"config.json"))
     for name in family.needs: read_json(folder/name)
-    shapes = tensor_shapes(folder)
-    try: wrong = misfits(family.skeleton(folder), shapes)
+    shapes = tensor_shapes(folder, family.weights)
+    try: wrong = misfits(family.shapes(folder), shapes)
+    except UserError: raise
     except Exception as e:
         raise UserError(f"{folder/'config.json'} does not describe a {kind} model: {type(e).__name__}: {e}") from e
     if wrong:
