@@ -121,7 +121,6 @@ def test_first_update_is_on_policy(policy, prompts):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="this base was pretrained for half an hour: colors and color attribution start below 10 %, multiple choice at chance")
 def test_base_is_honest(policy):
     "Every category is above chance and leaves something to find (about two minutes)."
     from unify_rl.evaluate.suites import evaluate, load_suite
