@@ -52,11 +52,13 @@ def main() -> None:
     p.add_argument("--suites", nargs="+", default=["shapes-geneval", "shapes-qa", "shapes-wise"])
     p.add_argument("--guidance", type=float, nargs="+", default=[1.0, 1.5, 2.0, 3.0], help="guidance scales the base is tried at")
     p.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-4], help="learning rates of the supervised comparison")
+    p.add_argument("--prompts", nargs="*", default=["shapes-qa=2160"], help="suites with more prompts than usual, for narrower intervals")
     p.add_argument("--out", default="runs/held-out-gain")
     a = p.parse_args()
     out = Path(a.out)
     out.mkdir(parents=True, exist_ok=True)
-    suites = {s: load_suite(s) for s in a.suites}
+    sizes = {name: int(n) for name, n in (x.split("=") for x in a.prompts)}
+    suites = {s: load_suite(s, sizes.get(s, 720)) for s in a.suites}
     base = unify_rl.load_policy(a.policy)
     before = {s: kept(out / f"base-{s}.json", lambda: evaluate(base, suites[s])) for s in suites}
 
