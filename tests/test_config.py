@@ -209,7 +209,7 @@ def test_every_packaged_recipe_resolves_and_reads_back(name):
 def test_the_grpo_recipe():
     cfg = load_config("grpo")
     assert {r.name: r.weight for r in cfg.rewards} == {"constraints": .5, "strict": .5, "accuracy": 1.0, "format": .1}
-    assert (cfg.policy, cfg.data.tasks, cfg.objective.beta) == ("tiny-janus", {"generate": .6, "answer": .4}, .01)
+    assert (cfg.policy, cfg.data.tasks, cfg.objective.beta) == ("tiny-janus", {"generate": .35, "answer": .65}, .01)
     assert cfg.run_dir == "runs/grpo-tiny-janus-s0"
 
 @pytest.fixture
