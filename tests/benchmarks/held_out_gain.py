@@ -21,7 +21,7 @@ def supervised(policy_name: str, seconds: float, lr: float, seed: int):
     "The base, trained on for `seconds` on the captions and replies it was pretrained on (same prompts, same noise)."
     import torch
 
-    from unify_rl.train.pretrain import habit, supervised_loss, training_batch
+    from unify_rl.train.pretrain import supervised_loss, training_batch
     from unify_rl.world.scenes import World
     policy = unify_rl.load_policy(policy_name)
     policy.train_only(list(policy.trains))
@@ -29,7 +29,7 @@ def supervised(policy_name: str, seconds: float, lr: float, seed: int):
     optimizer = torch.optim.AdamW(params, lr, betas=(0.9, 0.95))
     start, step = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:
-        loss, _ = supervised_loss(policy, training_batch(policy, World(), rng_for(seed, "supervised", step), 48, 24, terse=habit))
+        loss, _ = supervised_loss(policy, training_batch(policy, World(), rng_for(seed, "supervised", step), 48, 24), conclude=True)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)

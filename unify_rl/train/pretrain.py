@@ -23,8 +23,8 @@ from ..world.questions import KINDS, question_combinations, question_prompt, que
 from ..world.scenes import COLORS, SHAPES, Thing, World, random_scene, render_batch
 
 # %% auto #0
-__all__ = ['RECIPES', 'patches', 'codebook', 'exact_codes', 'spread_codes', 'distill_vq', 'vocabulary', 'habit', 'training_batch',
-           'supervised_loss', 'pretrain_lm', 'pretrain']
+__all__ = ['RECIPES', 'patches', 'codebook', 'exact_codes', 'spread_codes', 'distill_vq', 'vocabulary', 'glances', 'habit',
+           'training_batch', 'conclusions', 'supervised_loss', 'pretrain_lm', 'pretrain']
 
 # %% ../../nbs/54_train.pretrain.ipynb #codes
 def patches(images: np.ndarray, size: int) -> np.ndarray:
@@ -87,17 +87,23 @@ def vocabulary() -> tuple:
     "Every word of the world: prompts, riddles, questions, replies."
     from unify_rl.world import prompts, questions, scenes
     texts = [p.text for s in ("train", "test") for p in (*draw_prompts(s), *riddle_prompts(s))]
-    texts += [w for p in question_prompts("train", 600) for w in (p.text, reply(p), reply(p, worked=False))]
+    texts += [w for p in question_prompts("train", 600) for w in (p.text, reply(p), reply(p, how="terse"))]
     texts += ["make turn into remove add the a an to from with than yes no nothing looking", "A B C D", " ".join(map(str, range(17)))]
     texts += [*scenes.SHAPES, *scenes.COLORS, *scenes.RELATIONS, *scenes.PLACES, "circles squares triangles crosses", *prompts.NUMBERS.values(), questions.INSTRUCTION, ":"]
     return tuple(sorted({w for t in texts for w in re.findall(r"\w+|[^\w\s]+", re.sub(r"</?\w+>", " ", t))}))
 
-def habit(prompt) -> float:
-    "Share of terse replies in the second half: people blurt out letters, and what they see at a glance."
+def glances(prompt, done: float) -> float:
+    "Share of terse replies at first; from half-way on most of all where a letter is asked for or one glance seems enough."
+    if done < 0.5: return 0.55
     return 0.7 if prompt.choices or prompt.category in ("existence", "color", "shape") else 0.3
 
+def habit(prompt, done: float = 1.0) -> float:
+    "Share of terse replies later: rare while there is much to learn, the habit in the end."
+    return 0.25 if done < 0.85 else 0.8
+
 def training_batch(policy: JanusPolicy, world: World, rng: np.random.Generator, draws: int, asks: int,
-                   wrong: float = 0.3, terse: Callable = lambda prompt: 0.55, dropped: float = 0.1, riddles: float = 0.2) -> list[Part]:
+                   wrong: float = 0.3, terse: Callable = habit, how: str = "focused", done: float = 1.0,
+                   dropped: float = 0.1, riddles: float = 0.2) -> list[Part]:
     "One supervised batch as parts: codes of pictures, tokens of replies. Training combinations only."
     one = lambda options: options[int(rng.integers(len(options)))]
     def draw():
@@ -115,19 +121,32 @@ def training_batch(policy: JanusPolicy, world: World, rng: np.random.Generator, 
     image = Part("image", torch.arange(draws), actions, torch.ones_like(actions, dtype=torch.bool), context, torch.arange(draws))
     kinds = [one(KINDS) for _ in range(asks)]
     questions = [question_prompt(k, one(_COMBOS(k)), world, rng) for k in kinds]
-    replies = [reply(p, world, worked=rng.random() >= terse(p)) for p in questions]
+    replies = [reply(p, world, "terse" if rng.random() < terse(p, done) else how) for p in questions]
     return [image, *policy.encode(questions, replies, [None] * asks).parts]
 
 def _COMBOS(kind: str) -> list: return question_combinations(kind, "train")
 
 # %% ../../nbs/54_train.pretrain.ipynb #loop
-def supervised_loss(policy, parts: list[Part]) -> tuple[Tensor, dict]:
-    "Mean negative log-probability per token of each part, summed over parts."
-    losses = {p.kind: -policy(p).sum() / p.mask.sum() for p in parts}
+def conclusions(policy, part: Part) -> Tensor:
+    "[b, T] bool: the tokens of a reply that say the answer, after `so` and inside the answer tags."
+    so, open_, *ends = policy.tokenizer.convert_tokens_to_ids(["so", "<answer>", "</think>", "</answer>"])
+    opened = ((part.actions == so) | (part.actions == open_)).cumsum(1)
+    closed = (torch.stack([part.actions == e for e in ends]).any(0) & (opened > 0)).cumsum(1)
+    begins = (part.actions == so) | (part.actions == open_)
+    return part.mask & (opened > closed) & ~begins
+
+def supervised_loss(policy, parts: list[Part], conclude: bool = False) -> tuple[Tensor, dict]:
+    "Mean negative log-probability per token of each part, summed over parts; with `conclude`, that of the conclusions once more."
+    losses = {}
+    for p in parts:
+        logp = policy(p)
+        losses[p.kind] = -logp.sum() / p.mask.sum()
+        if conclude and p.kind == "text": losses["conclusion"] = -logp[conclusions(policy, p)].mean()
     return sum(losses.values()), {k: v.item() for k, v in losses.items()}
 
 def pretrain_lm(policy: JanusPolicy, world: World, folder: Path, seed: int = 0, steps: int = 3000, draws: int = 48, asks: int = 24,
-                lr: float = 2e-3, wrong: float = 0.3, habits: float = 0.5, name: str = "pretrain", save_every: int = 200, track=None) -> JanusPolicy:
+                lr: float = 2e-3, wrong: float = 0.3, terse: Callable = glances, how: str = "listed", conclude: bool = False,
+                name: str = "pretrain", save_every: int = 200, track=None) -> JanusPolicy:
     "Supervised pretraining of everything but the VQ, resumable from `folder`."
     for n, p in policy.named_parameters(): p.requires_grad_("vqmodel" not in n)
     params = [p for p in policy.parameters() if p.requires_grad]
@@ -139,8 +158,8 @@ def pretrain_lm(policy: JanusPolicy, world: World, folder: Path, seed: int = 0, 
         start, state, notes = load_checkpoint(folder)
         policy.load_state_dict(state["policy"], strict=False); opt.load_state_dict(state["opt"]); schedule.load_state_dict(state["schedule"])
     for step in range(start, steps):
-        mood = dict(terse=habit) if step >= habits * steps else {}
-        loss, losses = supervised_loss(policy, training_batch(policy, world, rng_for(seed, name, step), draws, asks, wrong, **mood))
+        parts = training_batch(policy, world, rng_for(seed, name, step), draws, asks, wrong, terse, how, step / steps)
+        loss, losses = supervised_loss(policy, parts, conclude)
         opt.zero_grad(); loss.backward(); torch.nn.utils.clip_grad_norm_(params, 1.0); opt.step(); schedule.step()
         if track: track(step, losses)
         if (step + 1) % save_every == 0 or step + 1 == steps:
@@ -154,7 +173,7 @@ def pretrain(
     out: str | Path,                # folder for the finished model
     seed: int = 0,
     work: str | Path | None = None, # folder for checkpoints; default runs/pretrain-NAME-sSEED
-    steps: int | None = None,       # steps of the stage lm, the stage questions has 0.3 times as many; default the recipe's
+    steps: int | None = None,       # steps of the stage lm, the stage questions has two thirds as many; default the recipe's
     vq_steps: int | None = None,    # steps of the VQ stage
     stages: tuple = ("vq", "lm", "questions"),   # which stages to run before writing; finished ones are skipped
     track=None,                     # called with (stage, step, total, losses)
@@ -172,9 +191,10 @@ def _tiny_janus(out: Path, seed: int, work: Path, steps, vq_steps, stages, track
         save_checkpoint(work / "vq", vq_steps, dict(vq=vq.state_dict()))
     if "lm" in stages: pretrain_lm(policy, world, work / "lm", seed, steps, track=tell("lm", steps))
     policy.load_state_dict(load_checkpoint(work / "lm")[1]["policy"], strict=False)
-    more = max(1, round(0.3 * steps))
+    more = max(1, round(steps * 2 / 3))
     if "questions" in stages:
-        pretrain_lm(policy, world, work / "questions", seed, more, 24, 56, 1.5e-3, 0.7, 0.0, "questions", track=tell("questions", more))
+        pretrain_lm(policy, world, work / "questions", seed, more, 24, 56, 1.5e-3, 0.5, habit, "focused", True, "questions",
+                    track=tell("questions", more))
     policy.load_state_dict(load_checkpoint(work / "questions")[1]["policy"], strict=False)
     vq.load_state_dict(load_checkpoint(work / "vq")[1]["vq"])
     policy.save_pretrained(out)

@@ -14,8 +14,8 @@ from .prompts import _an, is_held_out
 from .scenes import COLORS, RELATIONS, SHAPES, World, random_scene, relations, render
 
 # %% auto #0
-__all__ = ['KINDS', 'POPULAR', 'INSTRUCTION', 'question_combinations', 'question_scene', 'question_prompt', 'question_prompts',
-           'describe', 'working', 'reply']
+__all__ = ['KINDS', 'POPULAR', 'INSTRUCTION', 'REPLIES', 'question_combinations', 'question_scene', 'question_prompt',
+           'question_prompts', 'describe', 'relevant', 'working', 'reply']
 
 # %% ../../nbs/07_world.questions.ipynb #combos
 KINDS = ("existence", "count", "color", "shape", "relation", "compare")
@@ -108,22 +108,39 @@ def question_prompts(split: str, n: int, world: World = World(), seed: int = 0, 
     return out
 
 # %% ../../nbs/07_world.questions.ipynb #worked
-def describe(scene: tuple, world: World) -> str:
-    "The things of a scene in reading order, each with its row and column on the grid."
-    order = sorted(scene, key=lambda t: (t.y // world.cell, t.x // world.cell))
-    return " ; ".join(f"{t.color} {t.shape} {t.y // world.cell} {t.x // world.cell}" for t in order) or "nothing"
+REPLIES = ("terse", "listed", "focused")
 
-def working(prompt: Prompt, world: World) -> str:
-    "The step from the list to the answer, where there is one: two places to compare, or two counts."
+def _reading_order(scene, world) -> list: return sorted(scene, key=lambda t: (t.y // world.cell, t.x // world.cell))
+
+def describe(things: tuple, world: World) -> str:
+    "Things in the given order, each with its row and column on the grid."
+    return " ; ".join(f"{t.color} {t.shape} {t.y // world.cell} {t.x // world.cell}" for t in things) or "nothing"
+
+def relevant(prompt: Prompt, world: World) -> list:
+    "The things a question is about, in the order of the question, then in reading order."
     kind, c, scene = prompt.category, prompt.meta["combination"], prompt.meta["scene"]
-    if kind == "relation": return " : " + " ".join(f"{t.shape} {t.y // world.cell} {t.x // world.cell}" for t in scene[:2])
+    if kind == "relation": return list(scene[:2])
+    asked = prompt.text.split("?")[0].split()[-1]                   # existence: the shape, which a popular negative has changed
+    wanted = {"existence": [lambda t: t.shape == asked], "count": [lambda t: (t.color, t.shape) == c[1:]], "color": [lambda t: t.shape == c[0]],
+              "shape": [lambda t: t.color == c[0]], "compare": [lambda t: t.shape == c[0], lambda t: t.shape == c[1]]}[kind]
+    return [t for want in wanted for t in _reading_order(scene, world) if want(t)]
+
+def working(prompt: Prompt, world: World, how: str) -> str:
+    "The step from the list to the answer, where there is one: two counts, or how far the one is from the other (listed: their places)."
+    kind, c, scene = prompt.category, prompt.meta["combination"], prompt.meta["scene"]
+    if kind == "relation":
+        (ra, ca), (rb, cb) = [(t.y // world.cell, t.x // world.cell) for t in scene[:2]]
+        if how == "listed": return f" : {scene[0].shape} {ra} {ca} {scene[1].shape} {rb} {cb}"
+        far = [f"{RELATIONS[axis + (d > 0)]} {abs(d)}" for axis, d in ((2, ra - rb), (0, ca - cb)) if d]
+        return f" : {' '.join(far)}"
     if kind == "compare": return " : " + " ".join(f"{s} {sum(t.shape == s for t in scene)}" for s in c[:2])
     return ""
 
-def reply(prompt: Prompt, world: World = World(), worked: bool = True, answer: str | None = None) -> str:
-    "A well-formed reply to a question, worked or terse; with `answer`, a different one than the truth."
-    answer = answer or prompt.answer
-    letters = dict(zip("ABCD", prompt.choices))
+def reply(prompt: Prompt, world: World = World(), how: str = "focused", answer: str | None = None) -> str:
+    "A well-formed reply to a question; with `answer`, a different one than the truth."
+    if how not in REPLIES: raise UserError(f"unknown way of replying {how!r}. {nearest(how, REPLIES)}")
+    answer, letters = answer or prompt.answer, dict(zip("ABCD", prompt.choices))
+    if how == "terse": return f"<think> looking </think> <answer> {answer} </answer>"
+    things = relevant(prompt, world) if how == "focused" else _reading_order(prompt.meta["scene"], world)
     said = f"{letters[answer]} {answer}" if answer in letters else answer
-    thought = f"{describe(prompt.meta['scene'], world)}{working(prompt, world)} so {said}" if worked else "looking"
-    return f"<think> {thought} </think> <answer> {answer} </answer>"
+    return f"<think> {describe(things, world)}{working(prompt, world, how)} so {said} </think> <answer> {answer} </answer>"
