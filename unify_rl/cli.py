@@ -85,7 +85,7 @@ def parser() -> Parser:
     v.add_argument("--json", metavar="FILE", help="also write the scores there")
 
     v = verb("pretrain", pretrain, "rebuild a shipped tiny model from its seed; run it again to continue")
-    v.add_argument("name", metavar="NAME", help="which model, e.g. tiny-janus")
+    v.add_argument("name", metavar="NAME", help="which model: tiny-janus, tiny-siglip")
     v.add_argument("--seed", type=int, default=0, metavar="S", help="default: %(default)s")
     v.add_argument("--out", metavar="DIR", help="folder for the model; default: runs/NAME")
     v.add_argument("--steps", type=int, metavar="N", help="steps of the last stage; default: the recipe's")
@@ -135,8 +135,8 @@ def pretrain(args) -> None:
             rebuild(args.name, out, args.seed, steps=args.steps, track=track)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; the same command continues from the last checkpoint") from None
-    screen.say(f"{args.name} is in {out}\ntest it     unify_rl eval --policy {out}\n"
-               f"ship it     copy the folder to unify_rl/assets/{args.name}")
+    test = f"test it     unify_rl eval --policy {out}\n" if (out/"config.json").exists() else ""       # a referee is no policy
+    screen.say(f"{args.name} is in {out}\n{test}ship it     copy the folder to unify_rl/assets/{args.name}")
 
 # %% ../nbs/80_cli.ipynb #scores
 def suite_scores(result) -> dict:

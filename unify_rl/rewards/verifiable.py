@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from importlib import import_module
 from inspect import signature
 from typing import Callable, Sequence
 
@@ -19,8 +20,9 @@ from ..world.detectors import detect_templates
 from ..world.scenes import World, place, relations
 
 # %% auto #0
-__all__ = ['RULES', 'NUMBER_WORDS', 'REWARDS', 'Seen', 'check_constraints', 'extract_answer', 'normalize', 'same_answer',
-           'well_formed', 'Reward', 'per_sample', 'Eyes', 'build_rewards', 'check_prompts', 'ScoreTable', 'score']
+__all__ = ['RULES', 'NUMBER_WORDS', 'REWARDS', 'MODULES', 'Seen', 'check_constraints', 'extract_answer', 'normalize',
+           'same_answer', 'well_formed', 'Reward', 'per_sample', 'Eyes', 'make_reward', 'build_rewards',
+           'check_prompts', 'ScoreTable', 'score']
 
 # %% ../../nbs/30_rewards.verifiable.ipynb #rules
 @dataclass
@@ -239,16 +241,25 @@ REWARDS: dict[str, Callable] = dict(
     format=lambda eyes: per_sample("format", _answer_format, ("answer", "joint")),
 )
 
+MODULES = dict(semantic="unify_rl.rewards.siglip", grounding="unify_rl.rewards.siglip", knowledge="unify_rl.rewards.knowledge")
+
+def make_reward(name: str, settings: dict, eyes: Eyes) -> Reward:
+    "A reward by name, with its own settings; those that need a model are imported when they are asked for."
+    if name not in (known := [*REWARDS, *MODULES]): raise UserError(f"unknown reward {name!r}. {nearest(name, known)}")
+    make = REWARDS.get(name) or import_module(MODULES[name]).REWARDS[name]
+    takes = list(signature(make).parameters)[1:]
+    for key in settings:
+        if key not in takes: raise UserError(f"reward {name!r} has no setting {key!r}. {nearest(str(key), takes)}")
+    return make(eyes, **settings)
+
 def build_rewards(
-    specs: list,                # dicts or objects with name, weight (and settings: none of these has any)
+    specs: list,                # dicts or objects with name, weight and the reward's own settings
 ) -> tuple:                     # ([Reward], weights_R)
     "The rewards named in a configuration, sharing one detector."
     eyes, rewards, weights = Eyes(), [], []
     for s in specs:
         s = s if isinstance(s, dict) else vars(s)
-        if s["name"] not in REWARDS: raise UserError(f"unknown reward {s['name']!r}. {nearest(s['name'], REWARDS)}")
-        if s.get("settings"): raise UserError(f"reward {s['name']!r} has no settings, got {sorted(s['settings'])}")
-        rewards.append(REWARDS[s["name"]](eyes)); weights.append(float(s.get("weight", 1.0)))
+        rewards.append(make_reward(s["name"], s.get("settings") or {}, eyes)); weights.append(float(s.get("weight", 1.0)))
     if not rewards: raise UserError("no rewards are given: there is nothing to learn from")
     return rewards, torch.tensor(weights, dtype=torch.float64)
 

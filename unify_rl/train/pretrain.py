@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -200,4 +201,8 @@ def _tiny_janus(out: Path, seed: int, work: Path, steps, vq_steps, stages, track
     policy.save_pretrained(out)
     return out
 
-RECIPES = {"tiny-janus": _tiny_janus}
+def _elsewhere(module: str, function: str):
+    "A recipe of a later module, imported when it is asked for."
+    return lambda *args: getattr(import_module(module), function)(*args)
+
+RECIPES = {"tiny-janus": _tiny_janus, "tiny-siglip": _elsewhere("unify_rl.train.referee", "tiny_siglip")}
