@@ -179,6 +179,45 @@ def test_training_batches_hold_no_held_out_combination(monkeypatch):
     assert len(seen) > 1000 and not any(is_held_out(c) for _, c in seen)
     assert all(is_held_out(c) for cat in CATEGORIES for c in split_combinations(cat, "test"))
 
+def test_phrases_hold_no_held_out_combination():
+    from unify_rl.train.referee import known_phrases
+    from unify_rl.world.prompts import key_phrases, phrase
+    held = {k for cat in ("counting", "position") for c in split_combinations(cat, "test") for k in (*key_phrases(cat, c), phrase(cat, c)) if len(k.split()) > 2}
+    assert len(held) > 20 and not held & set(known_phrases())
+
+def test_swapped_captions_are_in_every_batch():
+    _, texts, truth_BT, patch_BPF = referee_batch(World(), rng_for("swaps"))
+    swapped = sum(a != b and sorted(a.split()) == sorted(b.split()) for a, b in _plain_pairs(texts))
+    assert swapped >= 16 and truth_BT.shape == (160, 128) and patch_BPF.shape == (160, 36, 19)
+
+def _plain_pairs(texts):
+    "The captions at the head of each family and the first near miss, without template words."
+    frame = set("a an photo picture image drawing sketch of draw paint show me please create on white paper in simple style".split())
+    plain = [" ".join(w for w in t.split() if w not in frame) for t in texts]
+    return zip(plain[::4], plain[1::4])
+
+@pytest.mark.parametrize("text", ("circle", "red circle", "left of", "a circle left of", "left of a square", "two red circle", "top left"))
+def test_phrases_are_where_their_things_are(text):
+    "Patch labels against the scene itself, in words that share no code with them."
+    from unify_rl.train.referee import patch_facts, phrase_truth
+    from unify_rl.world.scenes import place, random_scene, relations
+    world, rng = World(), rng_for("labels", text)
+    says = {"circle": lambda t, s: t.shape == "circle", "red circle": lambda t, s: (t.shape, t.color) == ("circle", "red"),
+            "left of": lambda t, s: any("left of" in relations(t.box(world), u.box(world)) for u in s if u is not t),
+            "a circle left of": lambda t, s: t.shape == "circle" and any("left of" in relations(t.box(world), u.box(world)) for u in s if u is not t),
+            "left of a square": lambda t, s: any(u.shape == "square" and "left of" in relations(t.box(world), u.box(world)) for u in s if u is not t),
+            "two red circle": lambda t, s: (t.shape, t.color) == ("circle", "red") and sum((u.shape, u.color) == ("circle", "red") for u in s) == 2,
+            "top left": lambda t, s: place(t.box(world), world.size) == "top left"}[text]
+    seen = 0
+    for _ in range(300):
+        scene = random_scene(world, rng, kinds=[("circle", "red")] * int(rng.integers(0, 3)) + [("square", "blue")] * int(rng.integers(0, 2)) + [("cross", "green")])
+        want = np.zeros((24, 24), bool)
+        for t in scene: want[t.y:t.y + 8, t.x:t.x + 8] = says(t, scene)
+        got = phrase_truth(patch_facts(scene, world)[None], (text,))[0, :, 0].reshape(6, 6).repeat(4, 0).repeat(4, 1)
+        assert (got == want).all(), scene
+        seen += want.any()
+    assert seen > 10
+
 def test_every_combination_has_a_near_miss_that_is_another_one():
     for cat in CATEGORIES:
         for c in combinations(cat):
@@ -246,6 +285,16 @@ def test_a_policy_judge_says_what_its_own_forward_says():
     y, n = logp("<answer> yes </answer>"), logp("<answer> no </answer>")
     assert abs(float(got) - np.exp(y) / (np.exp(y) + np.exp(n))) < 1e-5
     assert not any(p.requires_grad for p in policy.parameters())
+
+def test_a_judge_is_asked_only_what_it_knows():
+    from unify_rl.rewards.knowledge import WORDINGS, questions_of
+    asks = lambda *phrases: questions_of(Prompt("x", "generate", "?", key_phrases=phrases), WORDINGS["tiny-janus"])
+    assert asks("three orange cross", "orange cross", "left of", "circle") == ["is there an orange cross? think first, then answer."]
+    reward, _ = build_rewards([dict(name="knowledge")])
+    prompts, images = _batch(2)
+    prompts = [replace(prompts[0], key_phrases=("left of", "circle")), replace(prompts[0], key_phrases=("red circle", "left of"))]
+    table = score(reward, prompts, Rollout(prompts, 1, [], [None] * 2, images))
+    assert table.scores_RB.isfinite().tolist() == [[False, True]] and table.errors == {"knowledge": 1}
 
 def test_a_judge_without_a_yes_token_and_other_faults(tmp_path):
     with pytest.raises(UserError, match="no single token for 'Yes'"): build_rewards([dict(name="knowledge", settings=dict(model=JANUS))])

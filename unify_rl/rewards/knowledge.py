@@ -5,6 +5,7 @@
 # %% ../../nbs/35_rewards.knowledge.ipynb #imports
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 from typing import Callable, NamedTuple
 
@@ -15,6 +16,7 @@ from ..core import Prompt, Rollout, Scores, UserError, nearest
 from ..policies.base import Policy
 from ..policies.load import load_policy, policies
 from .verifiable import Reward
+from ..world.scenes import COLORS, SHAPES
 
 # %% auto #0
 __all__ = ['WORDINGS', 'FORMS', 'UNASKED', 'REWARDS', 'Wording', 'questions_of', 'p_yes', 'PolicyJudge', 'VlmJudge', 'token_of',
@@ -28,13 +30,17 @@ class Wording(NamedTuple):
     yes: str = "Yes"
     no: str = "No"
     form: str = "yes"               # 'yes': P(Yes); 'ratio': P(Yes) / (P(Yes) + P(No))
+    about: str = ".+"               # regular expression: the part of a key phrase that is asked about; a phrase without it is not
 
-WORDINGS = {"tiny-janus": Wording("is there a {phrase}? think first, then answer.", "<think> looking </think> <answer> {} </answer>", "yes", "no", "ratio")}
+WORDINGS = {"tiny-janus": Wording("is there a {phrase}? think first, then answer.", "<think> looking </think> <answer> {} </answer>", "yes", "no", "ratio",
+                                  f"({'|'.join(COLORS)}) ({'|'.join(SHAPES)})")}
 FORMS = ("yes", "ratio")
 
 def questions_of(prompt: Prompt, wording: Wording) -> list[str]:
     "The questions a prompt leads to: one about its fact, or one for each key phrase; none if it has none."
-    if "{phrase}" in wording.question: return [wording.question.replace("{phrase}", k) for k in prompt.key_phrases]
+    if "{phrase}" in wording.question:
+        found = [m[0] for k in prompt.key_phrases if (m := re.search(wording.about, k))]
+        return [re.sub(r"\ba(?= [aeiou])", "an", wording.question.replace("{phrase}", k)) for k in dict.fromkeys(found)]
     return [wording.question.replace("{fact}", prompt.fact)] if prompt.fact else []
 
 def p_yes(logp_yes: torch.Tensor, logp_no: torch.Tensor, form: str) -> torch.Tensor:
@@ -117,13 +123,16 @@ def knowledge_reward(judge: Callable, wording: Wording, batch: int = 64) -> Rewa
 
 UNASKED = "skipped: the prompt has no fact (or key phrase) to ask about"
 
-def knowledge(eyes, model: str = "tiny-janus", question: str = "", reply: str = "", yes: str = "", no: str = "", form: str = "", device: str = "cpu") -> Reward:
+def knowledge(eyes, model: str = "tiny-janus", question: str = "", reply: str = "", yes: str = "", no: str = "", form: str = "",
+              about: str = "", device: str = "cpu") -> Reward:
     "The reward `knowledge` of a recipe; what is left empty is the judge's usual wording."
-    given = {k: v for k, v in dict(question=question, reply=reply, yes=yes, no=no, form=form).items() if v}
+    given = {k: v for k, v in dict(question=question, reply=reply, yes=yes, no=no, form=form, about=about).items() if v}
     wording = WORDINGS.get(model, Wording())._replace(**given)
     if wording.form not in FORMS: raise UserError(f"reward 'knowledge': unknown form {wording.form!r}. {nearest(wording.form, FORMS)}")
     if not ("{fact}" in wording.question or "{phrase}" in wording.question) or "{}" not in wording.reply:
         raise UserError("reward 'knowledge': the question needs {fact} or {phrase} in it, and the reply {}")
+    try: re.compile(wording.about)
+    except re.error as e: raise UserError(f"reward 'knowledge': about is {wording.about!r}, which is not a regular expression: {e}") from None
     return knowledge_reward(load_judge(model, wording, device), wording)
 
 REWARDS: dict[str, Callable] = dict(knowledge=knowledge)

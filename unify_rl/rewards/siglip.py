@@ -59,12 +59,21 @@ def write_words(words: list[str], folder: Path) -> int:
     return len(vocab)
 
 def _scale_init(model: nn.Module) -> None:
-    "Re-draw weights with the scale that suits a small width; positions as loud as what stands there."
+    "Weights of a scale that suits a small width; positions as waves (so that 'one to the left' is a rotation), as loud as what stands there."
     trunk, text = model.visual.trunk, model.text
     deep = (2 * len(trunk.blocks)) ** -0.5
     for name, m in trunk.named_modules():
         if isinstance(m, nn.Linear): nn.init.normal_(m.weight, std=m.in_features**-0.5 * (deep if name.endswith((".proj", ".fc2")) else 1.0))
-    for w in (trunk.pos_embed, text.token_embedding.weight, text.positional_embedding): nn.init.normal_(w, std=0.5)
+    nn.init.normal_(text.token_embedding.weight, std=0.5)
+    (length, width), side = text.positional_embedding.shape, int(trunk.pos_embed.shape[1] ** 0.5)
+    text.positional_embedding.data = _waves(length, width)
+    x = _waves(side, trunk.pos_embed.shape[2] // 2)
+    trunk.pos_embed.data = torch.cat([x[:, None].expand(-1, side, -1), x[None].expand(side, -1, -1)], -1).flatten(0, 1)[None].contiguous()
+
+def _waves(length: int, width: int) -> Tensor:
+    "[length, width] sines and cosines of wavelengths between 3 and 60 steps, standard deviation 0.5."
+    angle = torch.arange(length)[:, None] * (2 * torch.pi / torch.logspace(np.log10(3), np.log10(60), width // 2))
+    return torch.cat([angle.sin(), angle.cos()], 1) * 0.5**0.5
 
 def new_siglip(words: list[str], folder: str | Path, seed: int = 0, **sizes) -> "Siglip":
     "A small referee with random weights, written to `folder` and loaded from there like any other."

@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core import Constraint, UserError, rng_for, seed_for
-from ..rewards.siglip import Siglip, new_siglip
+from ..rewards.siglip import PATHS, Siglip, new_siglip
 from .checkpoint import load_checkpoint, save_checkpoint
 from ..world.prompts import CATEGORIES, NUMBERS, TEMPLATES, combinations, constraints, is_held_out, key_phrases, phrase, scene_for, split_combinations
 from ..world.scenes import COLORS, PLACES, RELATIONS, SHAPES, Thing, World, place, relations, render_batch
 
 # %% auto #0
-__all__ = ['NEGATIVES', 'scene_facts', 'fact_of', 'truth', 'near_misses', 'mutant', 'known_phrases', 'patch_facts',
+__all__ = ['NEGATIVES', 'MIX', 'scene_facts', 'fact_of', 'truth', 'near_misses', 'mutant', 'known_phrases', 'patch_facts',
            'phrase_truth', 'caption', 'referee_batch', 'referee_loss', 'train_referee', 'hard_pairs', 'hard_accuracy',
            'referee_words', 'tiny_siglip']
 
@@ -103,18 +103,21 @@ def mutant(scene: tuple, world: World, rng: np.random.Generator) -> tuple:
 # %% ../../nbs/55_train.referee.ipynb #batch
 @lru_cache(maxsize=1)
 def known_phrases() -> tuple:
-    "Key phrases of the training prompts: texts that stand for a part of a picture."
-    return tuple(sorted({k for cat in CATEGORIES for c in split_combinations(cat, "train") for k in key_phrases(cat, c)}))
+    "Key phrases of the training prompts, and halves of relations: texts that stand for a part of a picture."
+    keys = {k for cat in CATEGORIES for c in split_combinations(cat, "train") for k in key_phrases(cat, c)}
+    return tuple(sorted(keys | {t for s in SHAPES for r in RELATIONS for t in (f"a {s} {r}", f"{r} a {s}")}))
 
 def patch_facts(scene, world: World) -> np.ndarray:
-    "[patches, 7] int, for a scene on the grid: which kind of thing a patch shows (-1: none), its place, how many of its kind, its relations."
-    f = np.full((world.size // world.cell,) * 2 + (7,), -1, np.int16)
+    "[patches, 19] int, for a scene on the grid: the kind of thing a patch shows (-1: none), its place, how many of its kind, its 4 x 4 relations to shapes."
+    f = np.full((world.size // world.cell,) * 2 + (19,), -1, np.int16)
     for t in scene:
         x, y = t.x // world.cell, t.y // world.cell
-        related = {r for u in scene if u is not t for r in _related(t.x - u.x, t.y - u.y, world.sprite)}
+        related = {4 * r + _S[u.shape] for u in scene if u is not t for r in _related(t.x - u.x, t.y - u.y, world.sprite)}
         same = sum((u.shape, u.color) == (t.shape, t.color) for u in scene)
-        f[y:y+2, x:x+2] = (6 * _S[t.shape] + _C[t.color], _P[place(t.box(world), world.size)], same, *(r in related for r in range(4)))
-    return f.reshape(-1, 7)
+        f[y:y+2, x:x+2] = (6 * _S[t.shape] + _C[t.color], _P[place(t.box(world), world.size)], same, *(k in related for k in range(16)))
+    return f.reshape(-1, 19)
+
+_HALF = re.compile(rf"(?:a (\w+) )?({'|'.join(RELATIONS)})(?: a (\w+))?")       # "a circle left of", "left of a square", "left of"
 
 def phrase_truth(patch_BPF: np.ndarray, phrases: tuple) -> np.ndarray:
     "[B, P, K] bool: which patches show a thing that a key phrase speaks of."
@@ -122,7 +125,9 @@ def phrase_truth(patch_BPF: np.ndarray, phrases: tuple) -> np.ndarray:
     kind, spot, same = np.moveaxis(patch_BPF[..., :3], -1, 0)
     def one(text):
         if text in PLACES: return spot == _P[text]
-        if text in RELATIONS: return patch_BPF[..., 3 + _R[text]] == 1
+        if m := _HALF.fullmatch(text):
+            to = range(4) if m[3] is None else [_S[m[3]]]
+            return (patch_BPF[..., [3 + 4 * _R[m[2]] + s for s in to]] == 1).any(-1) & (kind // 6 == _S[m[1]] if m[1] else True)
         words = text.split()
         if len(words) == 1: return kind // 6 == _S[text]
         return (kind == 6 * _S[words[-1]] + _C[words[-2]]) & (len(words) == 2 or same == n[words[0]])
@@ -132,15 +137,18 @@ def caption(category: str, c: tuple, rng: np.random.Generator, plain: float = 0.
     "A sentence for a combination: in one of the templates, or bare."
     return phrase(category, c) if rng.random() < plain else TEMPLATES[int(rng.integers(len(TEMPLATES)))].format(phrase(category, c))
 
+MIX = (*CATEGORIES, "position", "color_attribution")        # the two whose words can be swapped, twice
+
 def referee_batch(world: World, rng: np.random.Generator, anchors: int = 32, near: int = 3, mutants: int = 32) -> tuple:
-    "(pictures [B, H, W, 3], texts T, truth [B, T], patch facts [B, P, 7]): families of near misses, each with its picture; B = T + mutants."
+    "(pictures [B, H, W, 3], texts T, truth [B, T], patch facts [B, P, 19]): families of near misses, each with its picture; B = T + mutants."
     one = lambda options: options[int(rng.integers(len(options)))]
     captions = []
     for a in range(anchors):
-        cat = CATEGORIES[a % len(CATEGORIES)]
+        cat = MIX[a % len(MIX)]
         c = one(split_combinations(cat, "train"))
         misses = near_misses(cat, c, "train")
-        captions += [(cat, c)] + [(cat, one(misses[one(list(misses))])) for _ in range(near)]
+        swaps = [n for ns in misses.values() for n in ns if sorted(map(str, n)) == sorted(map(str, c))]
+        captions += [(cat, c)] + [(cat, one(swaps if k == 0 and swaps else misses[one(list(misses))])) for k in range(near)]
     scenes = [scene_for(*k, world, rng) for k in captions]
     scenes += [mutant(one(scenes), world, rng) for _ in range(mutants)]
     facts_BF = np.stack([scene_facts(s, world) for s in scenes])
@@ -149,7 +157,7 @@ def referee_batch(world: World, rng: np.random.Generator, anchors: int = 32, nea
 
 # %% ../../nbs/55_train.referee.ipynb #loss
 def referee_loss(referee: Siglip, images: np.ndarray, texts: list, truth_BT: np.ndarray, patch_BPF: np.ndarray) -> tuple:
-    "SigLIP's pairwise loss with true labels, a contrast in both directions, and a pairwise loss of patches and phrases."
+    "SigLIP's pairwise loss with true labels, a contrast in both directions, and phrases against patches and against whole pictures."
     phrases = known_phrases()
     tokens_BPC, y_BT = referee.tokens(images), torch.from_numpy(truth_BT)
     text = referee.texts([*texts, *phrases])
@@ -159,10 +167,12 @@ def referee_loss(referee: Siglip, images: np.ndarray, texts: list, truth_BT: np.
     pairs = -F.logsigmoid((2.0 * y_BT - 1) * (logits_BT + bias)).sum() / len(texts)
     contrast = (_contrast(logits_BT, y_BT) + _contrast(logits_BT.T, y_BT.T)) / 2
     shown_BPK = torch.from_numpy(phrase_truth(patch_BPF, phrases)).float()
-    logits_BPK = scale * referee.patches(tokens_BPC) @ phrase_KD.T + bias
-    parts = F.binary_cross_entropy_with_logits(logits_BPK, shown_BPK, pos_weight=torch.tensor(10.0))
-    losses = dict(pairs=pairs, contrast=contrast, parts=parts)
-    return 0.5 * pairs + contrast + 4 * parts, {k: v.item() for k, v in losses.items()}
+    ask = lambda path: F.binary_cross_entropy_with_logits(scale * referee.patches(tokens_BPC, path) @ phrase_KD.T + bias, shown_BPK, pos_weight=torch.tensor(10.0))
+    parts = sum(ask(path) for path in PATHS) / len(PATHS)
+    logits_BK, shown_BK = scale * image_BD @ phrase_KD.T, shown_BPK.bool().any(1)
+    wholes = (_each_above(logits_BK, shown_BK) + _each_above(logits_BK.T, shown_BK.T)) / 2
+    losses = dict(pairs=pairs, contrast=contrast, parts=parts, wholes=wholes)
+    return 0.5 * pairs + contrast + 4 * parts + wholes, {k: v.item() for k, v in losses.items()}
 
 def _contrast(logits: Tensor, y: Tensor) -> Tensor:
     "How much of each row's softmax is on right entries; rows without any are left out."
@@ -170,12 +180,17 @@ def _contrast(logits: Tensor, y: Tensor) -> Tensor:
     gap = logits.logsumexp(1) - logits.masked_fill(~y, -torch.inf).logsumexp(1)
     return gap[rows].mean()
 
+def _each_above(logits: Tensor, y: Tensor) -> Tensor:
+    "Each right entry of a row against all wrong ones of that row together."
+    wrong = logits.masked_fill(y, -torch.inf).logsumexp(1, keepdim=True)
+    return F.softplus(wrong - logits)[y].mean()
+
 # %% ../../nbs/55_train.referee.ipynb #train
-def train_referee(referee: Siglip, world: World, folder: Path, seed: int = 0, steps: int = 2600, lr: float = 1.5e-3, save_every: int = 200,
+def train_referee(referee: Siglip, world: World, folder: Path, seed: int = 0, steps: int = 2000, lr: float = 1.5e-3, save_every: int = 200,
                   track=None) -> Siglip:
     "Train on training combinations only, resumable from `folder`."
     params = list(referee.parameters())
-    opt = torch.optim.AdamW(params, lr, betas=(0.9, 0.98), weight_decay=0.01)
+    opt = torch.optim.AdamW(params, lr, betas=(0.9, 0.98), weight_decay=0.1)
     fall = lambda s: min(1.0, (s + 1) / 100, max(0.0, (steps - s) / (0.4 * steps)))
     schedule = torch.optim.lr_scheduler.LambdaLR(opt, fall)
     start = 0
@@ -227,7 +242,7 @@ def referee_words() -> tuple:
 
 def tiny_siglip(out: Path, seed: int, work: Path, steps=None, vq_steps=None, stages=(), track=None) -> Path:
     "The recipe of the shipped referee: build, train, write."
-    steps = steps or 2600
+    steps = steps or 2000
     referee = new_siglip(referee_words(), work/"new", seed=seed_for(seed, "tiny-siglip") % 2**31)
     train_referee(referee, World(), work/"train", seed, steps, track=(lambda s, l: track("referee", s, steps, l)) if track else None)
     referee.save_pretrained(out, work/"new")
