@@ -867,6 +867,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'unify_rl/train/pretrain.py'),
                                          'unify_rl.train.pretrain.glances': ('train.pretrain.html#glances', 'unify_rl/train/pretrain.py'),
                                          'unify_rl.train.pretrain.habit': ('train.pretrain.html#habit', 'unify_rl/train/pretrain.py'),
+                                         'unify_rl.train.pretrain.lookup_part': ( 'train.pretrain.html#lookup_part',
+                                                                                  'unify_rl/train/pretrain.py'),
                                          'unify_rl.train.pretrain.patches': ('train.pretrain.html#patches', 'unify_rl/train/pretrain.py'),
                                          'unify_rl.train.pretrain.pretrain': ('train.pretrain.html#pretrain', 'unify_rl/train/pretrain.py'),
                                          'unify_rl.train.pretrain.pretrain_lm': ( 'train.pretrain.html#pretrain_lm',

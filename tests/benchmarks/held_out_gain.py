@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import unify_rl
 from unify_rl.core import rng_for
@@ -19,8 +20,6 @@ from unify_rl.evaluate.suites import Result, evaluate, load_suite
 
 def supervised(policy_name: str, seconds: float, lr: float, seed: int):
     "The base, trained on for `seconds` on the captions and replies it was pretrained on (same prompts, same noise)."
-    import torch
-
     from unify_rl.train.pretrain import supervised_loss, training_batch
     from unify_rl.world.scenes import World
     policy = unify_rl.load_policy(policy_name)
@@ -53,8 +52,10 @@ def main() -> None:
     p.add_argument("--guidance", type=float, nargs="+", default=[1.0, 1.5, 2.0, 3.0], help="guidance scales the base is tried at")
     p.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-4], help="learning rates of the supervised comparison")
     p.add_argument("--prompts", nargs="*", default=["shapes-qa=2160"], help="suites with more prompts than usual, for narrower intervals")
+    p.add_argument("--threads", type=int, default=1, help="CPU threads; sums are rounded differently with another number")
     p.add_argument("--out", default="runs/held-out-gain")
     a = p.parse_args()
+    torch.set_num_threads(a.threads)
     out = Path(a.out)
     out.mkdir(parents=True, exist_ok=True)
     sizes = {name: int(n) for name, n in (x.split("=") for x in a.prompts)}
@@ -65,7 +66,7 @@ def main() -> None:
     seconds, after = [], {s: [] for s in suites}
     for seed in a.seeds:
         folder = out / f"seed-{seed}"
-        if not (folder / "summary.json").exists(): unify_rl.train(a.recipe, a.policy, seed=seed, run_dir=str(folder), evaluate={"suites": []})
+        if not (folder / "summary.json").exists(): unify_rl.train(a.recipe, a.policy, seed=seed, run_dir=str(folder), threads=a.threads, evaluate={"suites": []})
         run = unify_rl.Run(folder)
         seconds.append(sum(v for m in run.metrics.to_dict("records") for k, v in m.items() if k.startswith("seconds/")))
         policy = None

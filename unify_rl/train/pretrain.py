@@ -25,7 +25,7 @@ from ..world.scenes import COLORS, SHAPES, Thing, World, random_scene, render_ba
 
 # %% auto #0
 __all__ = ['RECIPES', 'patches', 'codebook', 'exact_codes', 'spread_codes', 'distill_vq', 'vocabulary', 'glances', 'habit',
-           'training_batch', 'conclusions', 'supervised_loss', 'pretrain_lm', 'pretrain']
+           'training_batch', 'lookup_part', 'conclusions', 'supervised_loss', 'pretrain_lm', 'pretrain']
 
 # %% ../../nbs/54_train.pretrain.ipynb #codes
 def patches(images: np.ndarray, size: int) -> np.ndarray:
@@ -103,7 +103,7 @@ def habit(prompt, done: float = 1.0) -> float:
     return 0.25 if done < 0.85 else 0.8
 
 def training_batch(policy: JanusPolicy, world: World, rng: np.random.Generator, draws: int, asks: int,
-                   wrong: float = 0.3, terse: Callable = habit, how: str = "focused", done: float = 1.0,
+                   wrong: float = 0.3, terse: Callable = habit, how: str = "focused", done: float = 1.0, lookups: int = 0,
                    dropped: float = 0.1, riddles: float = 0.2) -> list[Part]:
     "One supervised batch as parts: codes of pictures, tokens of replies. Training combinations only."
     one = lambda options: options[int(rng.integers(len(options)))]
@@ -123,9 +123,21 @@ def training_batch(policy: JanusPolicy, world: World, rng: np.random.Generator, 
     kinds = [one(KINDS) for _ in range(asks)]
     questions = [question_prompt(k, one(_COMBOS(k)), world, rng) for k in kinds]
     replies = [reply(p, world, "terse" if rng.random() < terse(p, done) else how) for p in questions]
-    return [image, *policy.encode(questions, replies, [None] * asks).parts]
+    return [image, *policy.encode(questions, replies, [None] * asks).parts, *([lookup_part(policy, world, rng, lookups)] if lookups else [])]
 
 def _COMBOS(kind: str) -> list: return question_combinations(kind, "train")
+
+def lookup_part(policy: JanusPolicy, world: World, rng: np.random.Generator, n: int) -> Part:
+    "Multiple choice with closed eyes: no picture, the working is given, and only the letter counts."
+    questions = []
+    while len(questions) < n:
+        kind = KINDS[1 + int(rng.integers(len(KINDS) - 1))]
+        p = question_prompt(kind, _COMBOS(kind)[int(rng.integers(len(_COMBOS(kind))))], world, rng)
+        if p.choices: questions.append(p)
+    part = policy.encode(questions, [reply(p, world) for p in questions], [None] * n).parts[0]
+    letter = torch.isin(part.actions, torch.tensor(policy.tokenizer.convert_tokens_to_ids(list("ABCD")), device=part.actions.device))
+    context = policy._context([policy.template.format(p.text) for p in questions])
+    return Part("text", part.rows, part.actions, letter & (letter.cumsum(1) == 1), context, part.context_index, settings=dict(name="letter"))
 
 # %% ../../nbs/54_train.pretrain.ipynb #loop
 def conclusions(policy, part: Part) -> Tensor:
@@ -140,13 +152,13 @@ def supervised_loss(policy, parts: list[Part], conclude: bool = False) -> tuple[
     "Mean negative log-probability per token of each part, summed over parts; with `conclude`, that of the conclusions once more."
     losses = {}
     for p in parts:
-        logp = policy(p)
-        losses[p.kind] = -logp.sum() / p.mask.sum()
-        if conclude and p.kind == "text": losses["conclusion"] = -logp[conclusions(policy, p)].mean()
+        logp, name = policy(p), p.settings.get("name", p.kind)
+        losses[name] = -logp.sum() / p.mask.sum()
+        if conclude and name == "text": losses["conclusion"] = -logp[conclusions(policy, p)].mean()
     return sum(losses.values()), {k: v.item() for k, v in losses.items()}
 
 def pretrain_lm(policy: JanusPolicy, world: World, folder: Path, seed: int = 0, steps: int = 3000, draws: int = 48, asks: int = 24,
-                lr: float = 2e-3, wrong: float = 0.3, terse: Callable = glances, how: str = "listed", conclude: bool = False,
+                lr: float = 2e-3, wrong: float = 0.3, terse: Callable = glances, how: str = "listed", conclude: bool = False, lookups: int = 0,
                 name: str = "pretrain", save_every: int = 200, track=None) -> JanusPolicy:
     "Supervised pretraining of everything but the VQ, resumable from `folder`."
     for n, p in policy.named_parameters(): p.requires_grad_("vqmodel" not in n)
@@ -159,7 +171,7 @@ def pretrain_lm(policy: JanusPolicy, world: World, folder: Path, seed: int = 0, 
         start, state, notes = load_checkpoint(folder)
         policy.load_state_dict(state["policy"], strict=False); opt.load_state_dict(state["opt"]); schedule.load_state_dict(state["schedule"])
     for step in range(start, steps):
-        parts = training_batch(policy, world, rng_for(seed, name, step), draws, asks, wrong, terse, how, step / steps)
+        parts = training_batch(policy, world, rng_for(seed, name, step), draws, asks, wrong, terse, how, step / steps, lookups)
         loss, losses = supervised_loss(policy, parts, conclude)
         opt.zero_grad(); loss.backward(); torch.nn.utils.clip_grad_norm_(params, 1.0); opt.step(); schedule.step()
         if track: track(step, losses)
@@ -194,7 +206,7 @@ def _tiny_janus(out: Path, seed: int, work: Path, steps, vq_steps, stages, track
     policy.load_state_dict(load_checkpoint(work / "lm")[1]["policy"], strict=False)
     more = max(1, round(steps * 2 / 3))
     if "questions" in stages:
-        pretrain_lm(policy, world, work / "questions", seed, more, 24, 56, 1.5e-3, 0.5, habit, "focused", True, "questions",
+        pretrain_lm(policy, world, work / "questions", seed, more, 24, 56, 1.5e-3, 0.5, habit, "focused", True, 32, "questions",
                     track=tell("questions", more))
     policy.load_state_dict(load_checkpoint(work / "questions")[1]["policy"], strict=False)
     vq.load_state_dict(load_checkpoint(work / "vq")[1]["vq"])
