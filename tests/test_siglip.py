@@ -291,9 +291,9 @@ def test_a_judge_is_asked_only_what_it_knows():
     asks = lambda *phrases: questions_of(Prompt("x", "generate", "?", key_phrases=phrases), WORDINGS["tiny-janus"])
     assert asks("three orange cross", "orange cross", "left of", "circle") == ["is there an orange cross? think first, then answer."]
     reward, _ = build_rewards([dict(name="knowledge")])
-    prompts, images = _batch(2)
+    prompts, images = _batch(3)
     prompts = [replace(prompts[0], key_phrases=("left of", "circle")), replace(prompts[0], key_phrases=("red circle", "left of"))]
-    table = score(reward, prompts, Rollout(prompts, 1, [], [None] * 2, images))
+    table = score(reward, prompts, Rollout(prompts, 1, [], [None] * 2, images[:2]))
     assert table.scores_RB.isfinite().tolist() == [[False, True]] and table.errors == {"knowledge": 1}
 
 def test_a_judge_without_a_yes_token_and_other_faults(tmp_path):

@@ -157,7 +157,7 @@ def referee_batch(world: World, rng: np.random.Generator, anchors: int = 32, nea
 
 # %% ../../nbs/55_train.referee.ipynb #loss
 def referee_loss(referee: Siglip, images: np.ndarray, texts: list, truth_BT: np.ndarray, patch_BPF: np.ndarray) -> tuple:
-    "SigLIP's pairwise loss with true labels, a contrast in both directions, and phrases against patches and against whole pictures."
+    "SigLIP's pairwise loss with true labels, a contrast in both directions, phrases against patches and whole pictures, and kinds of thing apart."
     phrases = known_phrases()
     tokens_BPC, y_BT = referee.tokens(images), torch.from_numpy(truth_BT)
     text = referee.texts([*texts, *phrases])
@@ -171,8 +171,10 @@ def referee_loss(referee: Siglip, images: np.ndarray, texts: list, truth_BT: np.
     parts = sum(ask(path) for path in PATHS) / len(PATHS)
     logits_BK, shown_BK = scale * image_BD @ phrase_KD.T, shown_BPK.bool().any(1)
     wholes = (_each_above(logits_BK, shown_BK) + _each_above(logits_BK.T, shown_BK.T)) / 2
-    losses = dict(pairs=pairs, contrast=contrast, parts=parts, wholes=wholes)
-    return 0.5 * pairs + contrast + 4 * parts + wholes, {k: v.item() for k, v in losses.items()}
+    kinds = torch.tensor([i for i, k in enumerate(phrases) if k.split()[0] in COLORS])
+    apart = ((phrase_KD[kinds] @ phrase_KD[kinds].T).square().sum(1) - 1).mean()
+    losses = dict(pairs=pairs, contrast=contrast, parts=parts, wholes=wholes, apart=apart)
+    return 0.5 * pairs + contrast + 4 * parts + wholes + apart, {k: v.item() for k, v in losses.items()}
 
 def _contrast(logits: Tensor, y: Tensor) -> Tensor:
     "How much of each row's softmax is on right entries; rows without any are left out."
@@ -186,7 +188,7 @@ def _each_above(logits: Tensor, y: Tensor) -> Tensor:
     return F.softplus(wrong - logits)[y].mean()
 
 # %% ../../nbs/55_train.referee.ipynb #train
-def train_referee(referee: Siglip, world: World, folder: Path, seed: int = 0, steps: int = 2000, lr: float = 1.5e-3, save_every: int = 200,
+def train_referee(referee: Siglip, world: World, folder: Path, seed: int = 0, steps: int = 2600, lr: float = 1.5e-3, save_every: int = 200,
                   track=None) -> Siglip:
     "Train on training combinations only, resumable from `folder`."
     params = list(referee.parameters())
@@ -242,7 +244,7 @@ def referee_words() -> tuple:
 
 def tiny_siglip(out: Path, seed: int, work: Path, steps=None, vq_steps=None, stages=(), track=None) -> Path:
     "The recipe of the shipped referee: build, train, write."
-    steps = steps or 2000
+    steps = steps or 2600
     referee = new_siglip(referee_words(), work/"new", seed=seed_for(seed, "tiny-siglip") % 2**31)
     train_referee(referee, World(), work/"train", seed, steps, track=(lambda s, l: track("referee", s, steps, l)) if track else None)
     referee.save_pretrained(out, work/"new")
