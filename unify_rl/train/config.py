@@ -38,6 +38,7 @@ class RolloutConfig:
     cfg: float = 1.0                            # guidance scale of pictures; 1: none
     logp: Literal["conditional", "guided"] = "conditional"    # log-probs of the conditional or of the guided distribution
     max_text: int = 64                          # tokens of an answer at most
+    drawing: dict[str, Any] = field(default_factory=dict)     # the policy's own settings of drawing, e.g. {steps: 15, window: 2}
 
 @dataclass
 class RewardConfig:
@@ -107,6 +108,7 @@ class EvaluateConfig:
     prompts: int = 720                          # prompts of each suite
     cfg: float = 1.0                            # guidance scale of pictures
     temperature: float = 1.0                    # of sampling pictures
+    drawing: dict[str, Any] = field(default_factory=dict)     # the policy's own settings of drawing, over those it has for tests
     batch: int = 120                            # prompts at a time
 
 # %% ../../nbs/52_train.config.ipynb #config

@@ -82,7 +82,11 @@ class Trainer:
         generator = generator_for(cfg.seed, "rollout", self.done, acc.process_index, device=self.policy.device.type)
         with phase(clock, "sample"), acc.autocast():
             r = cfg.rollout
-            rollout = self.policy.sample(prompts, r.group_size, generator, temperature=r.temperature, top_p=r.top_p, cfg=r.cfg, logp=r.logp, max_text=r.max_text)
+            rollout = self.policy.sample(prompts, r.group_size, generator, temperature=r.temperature, top_p=r.top_p, cfg=r.cfg, logp=r.logp,
+                                         max_text=r.max_text, **r.drawing)
+            if len({b for p in rollout.parts for b in p.rows.tolist()}) < len(rollout):
+                raise UserError(f"{self.policy.name} kept no actions of some outputs, so there is nothing to learn from; "
+                                f"is rollout.drawing {r.drawing} meant for tests?")
         with phase(clock, "score"):
             prompts_B = [rollout.prompt(b) for b in range(len(rollout))]
             table = score(self.rewards, prompts_B, rollout, cfg.on_error)
