@@ -64,6 +64,23 @@ def test_two_updates_with_a_reference(tmp_path):
     assert first["objective/kl"] >= 0 and second["objective/kl"] > 0
 
 
+def test_each_kind_of_action_has_its_own_kl(tmp_path):
+    "A weight for pictures alone changes the step, keeps no reference log-probability of text, and equals `beta` where they agree."
+    drawing, kl = dict(estimator="forward", steps=3), dict(updates=2, kl="k2")
+    def after(name, **o):
+        t = trainer(tmp_path/name, drawing, objective=kl | o, optimizer=dict(lr=1e-3))
+        t.step(); t.step()
+        return torch.cat([p.detach().flatten() for p in t.params])
+    both, apart = after("a", beta=3.0), after("b", beta=0.0, betas=dict(text=3.0, image=3.0))
+    assert torch.equal(both, apart)
+    assert not torch.equal(after("c", beta=0.0), after("d", beta=0.0, betas=dict(image=3.0)))
+    t = trainer(tmp_path/"e", drawing, objective=kl | dict(beta=0.0, betas=dict(image=3.0)))
+    parts, real = [], t._update
+    t._update = lambda ps, adv: [parts.extend(ps), real(ps, adv)][1]
+    t.step()
+    assert {p.kind: p.logp_ref is not None for p in parts} == dict(image=True, text=False)
+
+
 def test_training_without_actions_is_refused(tmp_path):
     with pytest.raises(UserError, match="kept no actions.*'estimator': 'none'"): trainer(tmp_path/"a", dict(estimator="none")).step()
 
