@@ -49,7 +49,7 @@ def test_advantage_and_objective_take_these_settings():
     adv = advantages(torch.tensor([[1., 0, 1, 0]], dtype=torch.float64), torch.ones(1), 2, **vars(c.advantage))
     o = vars(c.objective) | {"updates": None}
     weights = token_weights(torch.ones(4, 3, dtype=torch.bool), o.pop("average"))
-    o.pop("updates")
+    o.pop("updates"); o.pop("betas")
     loss, _ = objective(x, x, x, weights, adv.adv_B.float(), **o)
     assert loss.isfinite()
 
@@ -142,6 +142,7 @@ def test_a_group_of_one_is_explained():
     ("data.tasks={}", "data.tasks: give at least one task"), ("data.tasks={generate: 0}", "data.tasks: give at least one task"),
     ("data.tasks={draw: 1}", "data.tasks.draw: unknown task"), ("data.tasks.anwser=1", "Did you mean 'answer'"),
     ("data.tasks.answer=-1", "data.tasks.answer is -1"), ("data.tasks.answer=.inf", "data.tasks.answer is inf"),
+    ("objective.betas={picture: 1}", "objective.betas.picture"), ("objective.betas.image=-1", "objective.betas.image is -1"),
     ("rewards=[{name: a, weight: 0}]", "every weight is 0"), ("rewards=[{name: a}, {name: a}]", "given twice"),
     ("rewards=[{name: a, weight: .inf}]", "must be finite")])
 def test_tasks_and_rewards_make_sense(override, message):
@@ -205,6 +206,19 @@ def test_every_packaged_recipe_resolves_and_reads_back(name):
     for policy in [None, "some/other", *overlays]:
         cfg = load_config(name, policy)
         assert from_dict(Config, yaml.safe_load(to_yaml(cfg))) == cfg and cfg.rewards and "{" not in cfg.run_dir
+
+def test_the_lvrpo_recipe():
+    "Table 7 of the paper for the full-size policy; forward draws held by k2 for both."
+    full, tiny = load_config("lvrpo", "ByteDance-Seed/BAGEL-7B-MoT"), load_config("lvrpo")
+    o = full.optimizer
+    assert (o.lr, o.weight_decay, o.grad_norm, o.warmup, o.schedule, full.steps) == (5e-6, .05, 1.0, 100, "cosine", 5000)
+    assert full.rollout.prompts * full.rollout.group_size == 256
+    assert (tiny.policy, tiny.optimizer.lr, tiny.rollout.group_size) == ("tiny-bagel", 3e-4, 8)
+    for c in (full, tiny):
+        assert (c.objective.kl, c.objective.clip_low, c.objective.clip_high, c.objective.updates) == ("k2", .05, .05, 2)
+        assert (c.objective.beta, c.objective.betas) == (.01, {} if c is full else {"image": 15})
+        assert c.rollout.drawing["estimator"] == "forward" and c.evaluate.drawing == {}
+        assert set(c.data.tasks) == {"generate", "edit", "answer"}
 
 def test_the_grpo_recipe():
     cfg = load_config("grpo")
