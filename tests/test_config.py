@@ -207,19 +207,6 @@ def test_every_packaged_recipe_resolves_and_reads_back(name):
         cfg = load_config(name, policy)
         assert from_dict(Config, yaml.safe_load(to_yaml(cfg))) == cfg and cfg.rewards and "{" not in cfg.run_dir
 
-def test_the_lvrpo_recipe():
-    "Table 7 of the paper for the full-size policy; forward draws held by k2 for both."
-    full, tiny = load_config("lvrpo", "ByteDance-Seed/BAGEL-7B-MoT"), load_config("lvrpo")
-    o = full.optimizer
-    assert (o.lr, o.weight_decay, o.grad_norm, o.warmup, o.schedule, full.steps) == (5e-6, .05, 1.0, 100, "cosine", 5000)
-    assert full.rollout.prompts * full.rollout.group_size == 256
-    assert (tiny.policy, tiny.optimizer.lr, tiny.rollout.group_size) == ("tiny-bagel", 3e-4, 8)
-    for c in (full, tiny):
-        assert (c.objective.kl, c.objective.clip_low, c.objective.clip_high, c.objective.updates) == ("k2", .05, .05, 2)
-        assert (c.objective.beta, c.objective.betas) == (.01, {} if c is full else {"image": 15})
-        assert c.rollout.drawing["estimator"] == "forward" and c.evaluate.drawing == {}
-        assert set(c.data.tasks) == {"generate", "edit", "answer"}
-
 def test_the_grpo_recipe():
     cfg = load_config("grpo")
     assert {r.name: r.weight for r in cfg.rewards} == {"constraints": .5, "strict": .5, "accuracy": 1.0, "format": .1}
