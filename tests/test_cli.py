@@ -217,15 +217,16 @@ def test_eval_cannot_write(shell, tiny, tmp_path):
                          "--json", tmp_path/"file"/"s.json")
     assert code == 2 and "cannot write" in err
 
-def test_pretrain_passes_on_what_was_asked_and_says_where_the_model_is(shell, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["tiny-janus", "tiny-bagel"])
+def test_pretrain_passes_on_what_was_asked_and_says_where_the_model_is(shell, tmp_path, monkeypatch, name):
     import unify_rl.train.pretrain as P
     real = P.pretrain
     def short(name, out, seed, steps, track): return real(name, out, seed, tmp_path/"work", steps, vq_steps=1, track=track)
     monkeypatch.setattr(P, "pretrain", short)
-    code, out, _ = shell("pretrain", "tiny-janus", "--steps", 1, "--out", tmp_path/"model")
-    assert code == 0 and f"tiny-janus is in {tmp_path/'model'}" in out
+    code, out, _ = shell("pretrain", name, "--steps", 1, "--out", tmp_path/"model")
+    assert code == 0 and f"{name} is in {tmp_path/'model'}" in out
     assert load_policy(tmp_path/"model").tasks
     def stop(*args, **kwargs): raise KeyboardInterrupt
     monkeypatch.setattr(P, "pretrain", stop)
-    code, _, err = shell("pretrain", "tiny-janus")
+    code, _, err = shell("pretrain", name)
     assert code == 130 and "the same command continues" in err

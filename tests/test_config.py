@@ -49,7 +49,7 @@ def test_advantage_and_objective_take_these_settings():
     adv = advantages(torch.tensor([[1., 0, 1, 0]], dtype=torch.float64), torch.ones(1), 2, **vars(c.advantage))
     o = vars(c.objective) | {"updates": None}
     weights = token_weights(torch.ones(4, 3, dtype=torch.bool), o.pop("average"))
-    o.pop("updates")
+    o.pop("updates"); o.pop("betas")
     loss, _ = objective(x, x, x, weights, adv.adv_B.float(), **o)
     assert loss.isfinite()
 
@@ -142,6 +142,7 @@ def test_a_group_of_one_is_explained():
     ("data.tasks={}", "data.tasks: give at least one task"), ("data.tasks={generate: 0}", "data.tasks: give at least one task"),
     ("data.tasks={draw: 1}", "data.tasks.draw: unknown task"), ("data.tasks.anwser=1", "Did you mean 'answer'"),
     ("data.tasks.answer=-1", "data.tasks.answer is -1"), ("data.tasks.answer=.inf", "data.tasks.answer is inf"),
+    ("objective.betas={picture: 1}", "objective.betas.picture"), ("objective.betas.image=-1", "objective.betas.image is -1"),
     ("rewards=[{name: a, weight: 0}]", "every weight is 0"), ("rewards=[{name: a}, {name: a}]", "given twice"),
     ("rewards=[{name: a, weight: .inf}]", "must be finite")])
 def test_tasks_and_rewards_make_sense(override, message):

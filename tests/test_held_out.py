@@ -7,7 +7,7 @@ from unify_rl.core import Prompt, rng_for
 from unify_rl.evaluate.suites import SUITES, load_suite
 from unify_rl.rewards.verifiable import check_constraints
 from unify_rl.world.detectors import detect_templates
-from unify_rl.world.prompts import (CATEGORIES, RIDDLES, captioned, constraints, draw_prompts, edit_prompts, is_held_out,
+from unify_rl.world.prompts import (CATEGORIES, EDITS, RIDDLES, captioned, constraints, draw_prompts, edit_prompts, is_held_out,
                                     riddle_prompts, split_combinations)
 from unify_rl.world.questions import KINDS, question_prompts
 from unify_rl.world.scenes import World, render_batch
@@ -59,6 +59,20 @@ def test_pretraining_never_sees_a_held_out_prompt(tested, pretraining):
     assert {p.category for p in pretraining} == {*CATEGORIES, *RIDDLES, *KINDS}
     assert not [p.id for p in pretraining if is_held_out(p.meta["combination"])]
     assert not {content(p) for p in pretraining} & {content(p) for prompts in tested.values() for p in prompts}
+
+
+def test_the_flow_models_pretraining_never_sees_one_either(tested, monkeypatch):
+    from unify_rl.policies.bagel import BagelPolicy, new_bagel
+    from unify_rl.train.pretrain import vocabulary
+    from unify_rl.train.pretrain_bagel import joint_batch
+    caught, real = [], BagelPolicy._context
+    def spy(self, prompts, *args, **kw): caught.extend(prompts); return real(self, prompts, *args, **kw)
+    monkeypatch.setattr(BagelPolicy, "_context", spy)
+    small = new_bagel(vocabulary(), hidden=32, layers=1)
+    for step in range(8): joint_batch(small, World(), rng_for(0, "pretrain", step), 48, 24)
+    assert {p.category for p in caught} == {*CATEGORIES, *RIDDLES, *EDITS, *KINDS}
+    assert not [p.id for p in caught if is_held_out(p.meta["combination"])]
+    assert not {content(p) for p in caught} & {content(p) for prompts in tested.values() for p in prompts}
 
 
 def test_a_wrong_caption_of_pretraining_shows_no_held_out_scene():

@@ -160,6 +160,14 @@ def small(root):
         if path.stat().st_size > MAX_BYTES: yield f"{path.name}: {path.stat().st_size // 1024} KB"
 
 
+def headings(root):
+    "A heading is a row of hashes and a text: '# # Title' shows a hash to the reader."
+    for path in all_notebooks(root):
+        for cell in cells(path, "markdown"):
+            for line in source(cell).splitlines():
+                if re.match(r"#+ +#", line): yield f"{path.name}: heading {line[:40]!r}"
+
+
 def no_errors_stored(root):
     "No notebook shows a traceback that nobody expected."
     for path in all_notebooks(root):
@@ -220,7 +228,7 @@ def export(root, to):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-RULES = [names_and_numbers, one_notebook_one_module, imports_go_down, no_orphans, ids, small, no_errors_stored, no_star_imports,
+RULES = [names_and_numbers, one_notebook_one_module, imports_go_down, no_orphans, ids, small, headings, no_errors_stored, no_star_imports,
          data_is_not_code, in_sync]
 
 
@@ -291,6 +299,7 @@ FAULTS = [
     (ids, lesson("90_theory.ipynb", "1", id=None), "90_theory.ipynb: a cell without an id"),
     (ids, lesson("90_theory.ipynb", "1", "2", id="c1"), "id c1 occurs more than once"),
     (small, lesson("90_theory.ipynb", "#" * MAX_BYTES), "90_theory.ipynb: 200 KB"),
+    (headings, lesson("90_theory.ipynb", "# # Title", cell_type="markdown"), "90_theory.ipynb: heading '# # Title'"),
     (no_errors_stored, lesson("90_theory.ipynb", "1/0", outputs=[dict(output_type="error")]), "cell c0 ended in an error"),
     (no_star_imports, core("from math import *"), "unify_rl/core.py:1: import *"),
     (data_is_not_code, core("import pickle"), "imports pickle"),

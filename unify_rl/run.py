@@ -135,7 +135,7 @@ def run_suites(
         start = time.monotonic()
         with screen.bar(f"{title}: {suite.name}") as track:
             r = out[suite.name] = evaluate(policy, suite, cfg=cfg.cfg, temperature=cfg.temperature, seed=seed, batch=cfg.batch,
-                                           max_text=max_text, progress=track)
+                                           max_text=max_text, drawing=cfg.drawing, progress=track)
         score = f"{r.overall:.3f} on {len(r.rows)} prompts, {clock(time.monotonic() - start)}"
         screen.say(f"{title}: {suite.name} {score if r.supported else f'left out: {r.why}'}")
     return out
@@ -281,6 +281,7 @@ def _prepare(cfg: Config, resume: bool, prompts: list | None, rewards: list | No
     for pool in stream.pools.values(): check_prompts(pool, reward_list)
     policy = load_policy(cfg.policy)
     policy.check_tasks([pool[0] for pool in stream.pools.values()])
+    for drawing in (cfg.rollout.drawing, cfg.evaluate.drawing): policy.check_drawing(drawing)
     log = RunLog(cfg.run_dir, resume)
     try: trainer = Trainer(cfg, policy, stream, reward_list, weights_R, log)
     except UserError:

@@ -91,7 +91,7 @@ class Result:
     "What a policy did on a suite, prompt by prompt."
     suite: str
     rows: list                                          # as `judge` makes them, in the suite's order
-    settings: dict = field(default_factory=dict)        # seed, batch, cfg, temperature
+    settings: dict = field(default_factory=dict)        # seed, batch, cfg, temperature, drawing
     why: str = ""                                       # why it could not be evaluated
     pictures: dict = field(default_factory=dict)        # row number -> picture kept for the report
 
@@ -163,11 +163,13 @@ def evaluate(
     seed: int = 0,                  # of the sampling noise
     batch: int = 120,               # prompts at a time
     max_text: int = 64,             # longest answer in tokens
+    drawing: Mapping[str, Any] | None = None,   # the policy's own settings of drawing, over those it has for tests
     keep: int = 2,                  # pictures of each category kept for the report
     progress: Callable | None = None,   # called with (prompts done, prompts in all)
 ) -> Result:
     "One output for each prompt of a suite, judged by both scorers."
-    settings = dict(seed=seed, batch=batch, cfg=cfg, temperature=0.0 if suite.task == "answer" else temperature)
+    settings = dict(seed=seed, batch=batch, cfg=cfg, temperature=0.0 if suite.task == "answer" else temperature,
+                    drawing={**policy.tests_with, **(drawing or {})})
     if suite.task not in policy.tasks:
         why = f"{policy.name} cannot {_CANNOT[suite.task]}: its tasks are {', '.join(policy.tasks)}"
         return Result(suite.name, [], settings, why)
@@ -175,7 +177,7 @@ def evaluate(
     for k, start in enumerate(range(0, len(suite.prompts), batch)):
         prompts = suite.prompts[start:start + batch]
         generator = generator_for(seed, "evaluate", suite.name, k, device=policy.device.type)
-        out = policy.sample(prompts, 1, generator, temperature=settings["temperature"], cfg=cfg, max_text=max_text)
+        out = policy.sample(prompts, 1, generator, temperature=settings["temperature"], cfg=cfg, max_text=max_text, **settings["drawing"])
         rows += judge(prompts, out)
         pictures |= {start + i: _to_show(p, im) for i, (p, im) in enumerate(zip(prompts, out.images)) if start + i in kept}
         if progress: progress(len(rows), len(suite.prompts))

@@ -315,6 +315,9 @@ class Drawing:
     think: bool = False         # write a thought before the picture
 
     def __post_init__(self):
+        for f in fields(self):
+            v, kind = getattr(self, f.name), type(f.default)
+            if type(v) is not kind and (kind, type(v)) != (float, int): raise UserError(f"drawing.{f.name} is {v!r}; it must be of type {kind.__name__}")
         if self.estimator not in ESTIMATORS: raise UserError(f"unknown estimator {self.estimator!r}. {nearest(self.estimator, ESTIMATORS)}")
 
 class Estimator(NamedTuple):
@@ -384,6 +387,7 @@ class BagelPolicy(Policy):
     "BAGEL: answers, pictures, edits, and thoughts before pictures."
     tasks = ("generate", "answer", "edit", "joint")
     trains = ("language_model", "vae2llm", "llm2vae", "time_embedder")
+    draws_with, tests_with = tuple(f.name for f in fields(Drawing)), dict(estimator="none")
     lora_targets = tuple(p + s for p in ("q_proj", "k_proj", "v_proj", "o_proj") for s in ("", GEN)) + ("gate_proj", "up_proj", "down_proj")
 
     def __init__(self, net: Bagel, vae, tokenizer, config: dict, name: str = "bagel"):
@@ -666,10 +670,13 @@ class BagelPolicy(Policy):
         return out
 
     def _with(self, drawing: dict) -> Drawing:
-        known = [f.name for f in fields(Drawing)]
-        for k in drawing:
-            if k not in known: raise UserError(f"unknown setting {k!r} of drawing. {nearest(k, known)}")
+        super().check_drawing(drawing)
         return replace(self.drawing, **drawing)
+
+    def check_drawing(self, drawing: dict) -> None:
+        "Refuse settings that do not exist or do not fit together, before any work is done."
+        d = self._with(drawing)
+        timesteps(d.steps, d.shift); ESTIMATORS[d.estimator].window(d, generator_for("check"))
 
     def _jobs(self, prompts: list, size: int) -> dict:
         "(kind of guidance, latent grid) -> prompts that are drawn together."

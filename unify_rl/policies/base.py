@@ -24,11 +24,13 @@ class Policy(nn.Module):
     name: str = "policy"
     trains: tuple = ()                 # submodules that train unless a recipe says otherwise
     lora_targets: tuple = ()           # linear layers that get LoRA adapters unless a recipe says otherwise
+    draws_with: tuple = ()             # names of its own settings of drawing (`rollout.drawing`)
+    tests_with: dict = {}              # how these stand in a test, where no actions need to be kept
     remat: bool = False                # recompute activations in the backward pass
     logp_chunk: int = 4096             # tokens whose logits exist at one time
 
     def sample(self, prompts: list[Prompt], group_size: int, generator: torch.Generator | None = None, *, temperature: float = 1.0,
-               top_p: float = 1.0, cfg: float = 1.0, logp: str = "conditional", max_text: int = 64) -> Rollout:
+               top_p: float = 1.0, cfg: float = 1.0, logp: str = "conditional", max_text: int = 64, **drawing) -> Rollout:
         "Draw `group_size` outputs for each prompt; `logp` says which log-probability is kept: 'conditional' or 'guided'."
         raise NotImplementedError
 
@@ -54,6 +56,11 @@ class Policy(nn.Module):
         if not prompts: raise UserError("there are no prompts to sample from: the data set or the filter on it is empty")
         bad = [p for p in prompts if p.task not in self.tasks]
         if bad: raise UserError(f"{self.name} cannot do the task {bad[0].task!r} (prompt {bad[0].id!r}); it can: {', '.join(self.tasks)}")
+
+    def check_drawing(self, drawing: dict) -> None:
+        "Refuse settings of drawing that the policy does not have, before any work is done."
+        for k in drawing:
+            if k not in self.draws_with: raise UserError(f"{self.name}: unknown setting {k!r} of drawing. {nearest(k, self.draws_with)}")
 
     def train_only(self, prefixes: list[str]) -> list[str]:
         "Let the parameters whose dotted name contains one of `prefixes` train, freeze the rest; returns their names."

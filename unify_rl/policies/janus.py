@@ -207,9 +207,9 @@ class JanusPolicy(Policy):
 
     # -- the verbs
     @torch.no_grad()
-    def sample(self, prompts, group_size, generator=None, *, temperature=1.0, top_p=1.0, cfg=1.0, logp="conditional", max_text=64):
+    def sample(self, prompts, group_size, generator=None, *, temperature=1.0, top_p=1.0, cfg=1.0, logp="conditional", max_text=64, **drawing):
         "Draw pictures and answers for a mixed batch; guidance (`cfg`) applies to pictures."
-        self.check_tasks(prompts)
+        self.check_tasks(prompts); self.check_drawing(drawing)
         if logp not in ("conditional", "guided"): raise UserError(f"rollout.logp is {logp!r}; it must be 'conditional' or 'guided'")
         G, B = group_size, len(prompts) * group_size
         texts, images, parts = [None] * B, [None] * B, []

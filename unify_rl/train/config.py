@@ -38,6 +38,7 @@ class RolloutConfig:
     cfg: float = 1.0                            # guidance scale of pictures; 1: none
     logp: Literal["conditional", "guided"] = "conditional"    # log-probs of the conditional or of the guided distribution
     max_text: int = 64                          # tokens of an answer at most
+    drawing: dict[str, Any] = field(default_factory=dict)     # the policy's own settings of drawing, e.g. {steps: 15, window: 2}
 
 @dataclass
 class RewardConfig:
@@ -60,6 +61,7 @@ class ObjectiveConfig:
     clip_low: float = 0.2                       # the ratio counts down to 1 - clip_low; .inf: no clipping
     clip_high: float = 0.2                      # the ratio counts up to 1 + clip_high; .inf: no clipping
     beta: float = 0.01                          # weight of the KL term; 0: no reference is kept
+    betas: dict[str, float] = field(default_factory=dict)     # its weight for one kind of action only, e.g. {image: 20}
     kl: Literal["k1", "k2", "k3"] = "k3"        # estimator of the KL
     average: Literal["token", "sequence", "group"] = "sequence"    # what counts equally in the loss
     updates: int = 1                            # optimizer steps on each rollout
@@ -107,6 +109,7 @@ class EvaluateConfig:
     prompts: int = 720                          # prompts of each suite
     cfg: float = 1.0                            # guidance scale of pictures
     temperature: float = 1.0                    # of sampling pictures
+    drawing: dict[str, Any] = field(default_factory=dict)     # the policy's own settings of drawing, over those it has for tests
     batch: int = 120                            # prompts at a time
 
 # %% ../../nbs/52_train.config.ipynb #config
@@ -241,6 +244,7 @@ def check(
     for p, v in value.items(): need(v != math.inf or p in MAY_BE_INFINITE, p, "finite")
     for p in ("policy", "run_dir", "data.source"): need(value[p].strip(), p, "given")
     _check_tasks(cfg.data.tasks)
+    _check_betas(cfg.objective.betas)
     _check_rewards(cfg.rewards)
     return cfg
 
@@ -253,6 +257,11 @@ def _check_tasks(tasks):
         if t not in TASKS: raise UserError(f"data.tasks.{t}: unknown task. {nearest(t, TASKS)}")
         if not 0 <= share < math.inf: raise UserError(f"data.tasks.{t} is {share}; a share must be at least 0 and finite")
     if not sum(tasks.values()) > 0: raise UserError("data.tasks: give at least one task a share above 0, e.g. {generate: 1}")
+
+def _check_betas(betas):
+    for kind, beta in betas.items():
+        if kind not in ("text", "image"): raise UserError(f"objective.betas.{kind}: actions are of kind 'text' or 'image'")
+        if not 0 <= beta < math.inf: raise UserError(f"objective.betas.{kind} is {beta}; it must be at least 0 and finite")
 
 def _check_rewards(rewards):
     names = [r.name for r in rewards]

@@ -63,7 +63,8 @@ class Trainer:
         policy.remat, policy.logp_chunk = cfg.model.checkpoint_activations, cfg.model.logp_chunk
         if cfg.model.lora_rank: policy.add_lora(cfg.model.lora_rank, cfg.model.lora_alpha, cfg.model.lora_targets or policy.lora_targets)
         else: policy.train_only(cfg.model.train or list(policy.trains))
-        if cfg.objective.beta: policy.keep_reference()
+        self.betas = {kind: cfg.objective.betas.get(kind, cfg.objective.beta) for kind in ("text", "image")}
+        if any(self.betas.values()): policy.keep_reference()
         o = cfg.optimizer
         self.params = [p for p in policy.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(self.params, o.lr, betas=(o.beta1, o.beta2), weight_decay=o.weight_decay)
@@ -82,13 +83,16 @@ class Trainer:
         generator = generator_for(cfg.seed, "rollout", self.done, acc.process_index, device=self.policy.device.type)
         with phase(clock, "sample"), acc.autocast():
             r = cfg.rollout
-            rollout = self.policy.sample(prompts, r.group_size, generator, temperature=r.temperature, top_p=r.top_p, cfg=r.cfg, logp=r.logp, max_text=r.max_text)
+            rollout = self.policy.sample(prompts, r.group_size, generator, temperature=r.temperature, top_p=r.top_p, cfg=r.cfg, logp=r.logp,
+                                         max_text=r.max_text, **r.drawing)
+            if len({b for p in rollout.parts for b in p.rows.tolist()}) < len(rollout):
+                raise UserError(f"{self.policy.name} kept no actions of some outputs, so there is nothing to learn from; "
+                                f"is rollout.drawing {r.drawing} meant for tests?")
         with phase(clock, "score"):
             prompts_B = [rollout.prompt(b) for b in range(len(rollout))]
             table = score(self.rewards, prompts_B, rollout, cfg.on_error)
             adv = advantages(table.scores_RB, self.weights_R, r.group_size, table.applies_RB, torch.tensor([p.weight for p in prompts_B]), **asdict(cfg.advantage))
-        with phase(clock, "reference"):
-            if cfg.objective.beta: self._score_reference(rollout.parts)
+        with phase(clock, "reference"): self._score_reference([p for p in rollout.parts if self.betas[p.kind]])
         with phase(clock, "update"): stats, rows = self._update(rollout.parts, adv)
         self.done += 1
         metrics = self._metrics(rollout, table, adv, stats, clock)
@@ -98,6 +102,7 @@ class Trainer:
 
     @torch.no_grad()
     def _score_reference(self, parts: list) -> None:
+        if not parts: return
         with self.policy.reference() as ref, self.accelerator.autocast():
             for part in parts: part.logp_ref = torch.cat([ref(m) for m in part.split(self.cfg.optimizer.micro_batch)])
 
@@ -105,14 +110,15 @@ class Trainer:
         "The optimizer steps on one rollout; returns mean statistics and per-sample ones."
         cfg, acc = self.cfg, self.accelerator
         weights, stats, rows = part_weights(parts, adv.valid_B, cfg.objective.average), defaultdict(float), {}
-        o = asdict(cfg.objective); o.pop("average"); updates = o.pop("updates")
+        o = asdict(cfg.objective); o.pop("average"); o.pop("betas"); updates = o.pop("updates")
         for _ in range(updates):
             jobs = [(p, w, i) for p, w in zip(parts, weights) for i in self._useful(p, adv).split(cfg.optimizer.micro_batch) if len(i)]
             for k, (part, w, i) in enumerate(jobs):
                 with acc.no_sync(self.engine) if k + 1 < len(jobs) else contextlib.nullcontext():
                     piece = part.select(i)
                     with acc.autocast(): logp = self.engine(piece)
-                    loss, s = objective(logp, piece.logp_old, piece.logp_ref, w[i], adv.adv_B[piece.rows.cpu()].to(logp), **o)
+                    loss, s = objective(logp, piece.logp_old, piece.logp_ref, w[i], adv.adv_B[piece.rows.cpu()].to(logp),
+                                    **o | dict(beta=self.betas[part.kind]))
                     acc.backward(loss)
                 for name, v in s.items(): stats[name] += v.item() / updates
                 rows.update(_per_sample(piece, logp.detach(), cfg.objective))
@@ -122,7 +128,7 @@ class Trainer:
     def _useful(self, part, adv: Advantages) -> torch.Tensor:
         "Rows that can move the policy: with no KL term, those of dead groups cannot."
         rows = part.rows.cpu()
-        keep = adv.valid_B[rows] & ((adv.adv_B[rows] != 0) | bool(self.cfg.objective.beta))
+        keep = adv.valid_B[rows] & ((adv.adv_B[rows] != 0) | bool(self.betas[part.kind]))
         return keep.nonzero()[:, 0].to(part.rows.device)
 
     def _apply(self, jobs: int) -> float:

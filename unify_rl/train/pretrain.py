@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from functools import lru_cache
-from importlib import import_module
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core import Part, UserError, generator_for, nearest, rng_for, seed_for
+from ..policies.base import Policy
 from ..policies.janus import JanusPolicy, new_janus
 from .checkpoint import load_checkpoint, save_checkpoint
 from ..world.prompts import CATEGORIES, RIDDLES, TEMPLATES, captioned, draw_prompt, draw_prompts, riddle_prompt, riddle_prompts, split_combinations
@@ -25,7 +25,8 @@ from ..world.scenes import COLORS, SHAPES, Thing, World, random_scene, render_ba
 
 # %% auto #0
 __all__ = ['RECIPES', 'patches', 'codebook', 'exact_codes', 'spread_codes', 'distill_vq', 'vocabulary', 'glances', 'habit',
-           'training_batch', 'lookup_part', 'conclusions', 'supervised_loss', 'pretrain_lm', 'pretrain']
+           'one_of', 'fresh_drawing', 'fresh_questions', 'training_batch', 'lookup_part', 'conclusions',
+           'supervised_loss', 'pretrain_lm', 'pretrain']
 
 # %% ../../nbs/54_train.pretrain.ipynb #codes
 def patches(images: np.ndarray, size: int) -> np.ndarray:
@@ -102,27 +103,34 @@ def habit(prompt, done: float = 1.0) -> float:
     "Share of terse replies later: rare while there is much to learn, the habit in the end."
     return 0.25 if done < 0.85 else 0.8
 
+def one_of(rng: np.random.Generator, options): return options[int(rng.integers(len(options)))]
+
+def fresh_drawing(rng: np.random.Generator, riddles: float = 0.2):
+    "A random drawing prompt of the training side; a share are riddles."
+    t = int(rng.integers(len(TEMPLATES)))
+    if rng.random() < riddles:
+        cat = one_of(rng, RIDDLES)
+        return riddle_prompt(cat, one_of(rng, split_combinations(cat, "train")), int(rng.integers(3)), t)
+    cat = one_of(rng, (*CATEGORIES, "color_attribution"))       # the hardest one twice as often
+    return draw_prompt(cat, one_of(rng, split_combinations(cat, "train")), t)
+
+def fresh_questions(rng: np.random.Generator, n: int, world: World, terse: Callable, how: str, done: float) -> tuple[list, list]:
+    "Random questions of the training side and their replies."
+    kinds = [one_of(rng, KINDS) for _ in range(n)]
+    questions = [question_prompt(k, one_of(rng, _COMBOS(k)), world, rng) for k in kinds]
+    return questions, [reply(p, world, "terse" if rng.random() < terse(p, done) else how) for p in questions]
+
 def training_batch(policy: JanusPolicy, world: World, rng: np.random.Generator, draws: int, asks: int,
                    wrong: float = 0.3, terse: Callable = habit, how: str = "focused", done: float = 1.0, lookups: int = 0,
                    dropped: float = 0.1, riddles: float = 0.2) -> list[Part]:
     "One supervised batch as parts: codes of pictures, tokens of replies. Training combinations only."
-    one = lambda options: options[int(rng.integers(len(options)))]
-    def draw():
-        t = int(rng.integers(len(TEMPLATES)))
-        if rng.random() < riddles:
-            cat = one(RIDDLES)
-            return riddle_prompt(cat, one(split_combinations(cat, "train")), int(rng.integers(3)), t)
-        cat = one((*CATEGORIES, "color_attribution"))           # the hardest one twice as often
-        return draw_prompt(cat, one(split_combinations(cat, "train")), t)
-    prompts = [draw() for _ in range(draws)]
+    prompts = [fresh_drawing(rng, riddles) for _ in range(draws)]
     actions = exact_codes(render_batch(captioned(prompts, world, rng, wrong), world), world).to(policy.device)
     context = policy._draw_context(prompts)
     drop = torch.from_numpy(rng.random(draws) < dropped).to(policy.device)
     context["ids"] = torch.where(drop[:, None], policy._unconditional(context)["ids"], context["ids"])
     image = Part("image", torch.arange(draws), actions, torch.ones_like(actions, dtype=torch.bool), context, torch.arange(draws))
-    kinds = [one(KINDS) for _ in range(asks)]
-    questions = [question_prompt(k, one(_COMBOS(k)), world, rng) for k in kinds]
-    replies = [reply(p, world, "terse" if rng.random() < terse(p, done) else how) for p in questions]
+    questions, replies = fresh_questions(rng, asks, world, terse, how, done)
     return [image, *policy.encode(questions, replies, [None] * asks).parts, *([lookup_part(policy, world, rng, lookups)] if lookups else [])]
 
 def _COMBOS(kind: str) -> list: return question_combinations(kind, "train")
@@ -131,8 +139,8 @@ def lookup_part(policy: JanusPolicy, world: World, rng: np.random.Generator, n: 
     "Multiple choice with closed eyes: no picture, the working is given, and only the letter counts."
     questions = []
     while len(questions) < n:
-        kind = KINDS[1 + int(rng.integers(len(KINDS) - 1))]
-        p = question_prompt(kind, _COMBOS(kind)[int(rng.integers(len(_COMBOS(kind))))], world, rng)
+        kind = one_of(rng, KINDS[1:])                               # all but yes or no
+        p = question_prompt(kind, one_of(rng, _COMBOS(kind)), world, rng)
         if p.choices: questions.append(p)
     part = policy.encode(questions, [reply(p, world) for p in questions], [None] * n).parts[0]
     letter = torch.isin(part.actions, torch.tensor(policy.tokenizer.convert_tokens_to_ids(list("ABCD")), device=part.actions.device))
@@ -149,19 +157,23 @@ def conclusions(policy, part: Part) -> Tensor:
     return part.mask & (opened > closed) & ~begins
 
 def supervised_loss(policy, parts: list[Part], conclude: bool = False) -> tuple[Tensor, dict]:
-    "Mean negative log-probability per token of each part, summed over parts; with `conclude`, that of the conclusions once more."
+    "Mean negative log-probability per action of each kind of part (or of its name), summed over kinds; with `conclude`, that of the conclusions once more."
     losses = {}
-    for p in parts:
-        logp, name = policy(p), p.settings.get("name", p.kind)
-        losses[name] = -logp.sum() / p.mask.sum()
-        if conclude and name == "text": losses["conclusion"] = -logp[conclusions(policy, p)].mean()
+    name_of = lambda p: p.settings.get("name", p.kind)
+    for name in dict.fromkeys(map(name_of, parts)):
+        some = [p for p in parts if name_of(p) == name]
+        logps = [policy(p) for p in some]
+        losses[name] = -sum(l.sum() for l in logps) / sum(p.mask.sum() for p in some)
+        if conclude and name == "text": losses["conclusion"] = -torch.cat([l[conclusions(policy, p)] for l, p in zip(logps, some)]).mean()
     return sum(losses.values()), {k: v.item() for k, v in losses.items()}
 
-def pretrain_lm(policy: JanusPolicy, world: World, folder: Path, seed: int = 0, steps: int = 3000, draws: int = 48, asks: int = 24,
-                lr: float = 2e-3, wrong: float = 0.3, terse: Callable = glances, how: str = "listed", conclude: bool = False, lookups: int = 0,
-                name: str = "pretrain", save_every: int = 200, track=None) -> JanusPolicy:
-    "Supervised pretraining of everything but the VQ, resumable from `folder`."
-    for n, p in policy.named_parameters(): p.requires_grad_("vqmodel" not in n)
+def pretrain_lm(policy: Policy, world: World, folder: Path, seed: int = 0, steps: int = 3000, draws: int = 48, asks: int = 24,
+                lr: float = 2e-3, wrong: float = 0.3, terse: Callable = glances, how: str = "listed", conclude: bool = False,
+                name: str = "pretrain", save_every: int = 200, track=None, batch: Callable = training_batch,
+                frozen: str = "vqmodel") -> Policy:
+    "Supervised pretraining of everything but the autoencoder, the submodule `frozen`; resumable from `folder`."
+    learns = lambda name: frozen not in name.split(".")
+    for n, p in policy.named_parameters(): p.requires_grad_(learns(n))
     params = [p for p in policy.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(params, lr, betas=(0.9, 0.95), weight_decay=0.01)
     fall = lambda s: min(1.0, (s + 1) / 50, max(0.0, (steps - s) / (0.25 * steps)))
@@ -171,12 +183,12 @@ def pretrain_lm(policy: JanusPolicy, world: World, folder: Path, seed: int = 0, 
         start, state, notes = load_checkpoint(folder)
         policy.load_state_dict(state["policy"], strict=False); opt.load_state_dict(state["opt"]); schedule.load_state_dict(state["schedule"])
     for step in range(start, steps):
-        parts = training_batch(policy, world, rng_for(seed, name, step), draws, asks, wrong, terse, how, step / steps, lookups)
+        parts = batch(policy, world, rng_for(seed, name, step), draws, asks, wrong, terse, how, step / steps)
         loss, losses = supervised_loss(policy, parts, conclude)
         opt.zero_grad(); loss.backward(); torch.nn.utils.clip_grad_norm_(params, 1.0); opt.step(); schedule.step()
         if track: track(step, losses)
         if (step + 1) % save_every == 0 or step + 1 == steps:
-            trained = {n: p for n, p in policy.state_dict().items() if "vqmodel" not in n}
+            trained = {n: p for n, p in policy.state_dict().items() if learns(n)}
             save_checkpoint(folder, step + 1, dict(policy=trained, opt=opt.state_dict(), schedule=schedule.state_dict()))
     return policy
 
@@ -187,8 +199,8 @@ def pretrain(
     seed: int = 0,
     work: str | Path | None = None, # folder for checkpoints; default runs/pretrain-NAME-sSEED
     steps: int | None = None,       # steps of the stage lm, the stage questions has two thirds as many; default the recipe's
-    vq_steps: int | None = None,    # steps of the VQ stage
-    stages: tuple = ("vq", "lm", "questions"),   # which stages to run before writing; finished ones are skipped
+    vq_steps: int | None = None,    # steps of the autoencoder's stage
+    stages: tuple | None = None,    # which stages to run before writing, default all; finished ones are skipped
     track=None,                     # called with (stage, step, total, losses)
 ) -> Path:
     "Rebuild a shipped tiny model from its seed; resumable."
@@ -199,6 +211,7 @@ def _tiny_janus(out: Path, seed: int, work: Path, steps, vq_steps, stages, track
     world, policy = World(), new_janus(vocabulary(), seed=seed_for(seed, "tiny-janus") % 2**31)
     tell = lambda stage, total: (lambda s, l: track(stage, s, total, l)) if track else None
     vq, vq_steps, steps = policy.janus.model.vqmodel, vq_steps or 1500, steps or 3000
+    stages = stages or ("vq", "lm", "questions")
     if "vq" in stages and not any((work / "vq").glob("step-*")):
         distill_vq(policy, world, seed, vq_steps, track=tell("vq", vq_steps))
         save_checkpoint(work / "vq", vq_steps, dict(vq=vq.state_dict()))
@@ -206,15 +219,11 @@ def _tiny_janus(out: Path, seed: int, work: Path, steps, vq_steps, stages, track
     policy.load_state_dict(load_checkpoint(work / "lm")[1]["policy"], strict=False)
     more = max(1, round(steps * 2 / 3))
     if "questions" in stages:
-        pretrain_lm(policy, world, work / "questions", seed, more, 24, 56, 1.5e-3, 0.5, habit, "focused", True, 32, "questions",
+        pretrain_lm(policy, world, work / "questions", seed, more, 24, 56, 1.5e-3, 0.5, habit, "focused", True, "questions", batch=partial(training_batch, lookups=32),
                     track=tell("questions", more))
     policy.load_state_dict(load_checkpoint(work / "questions")[1]["policy"], strict=False)
     vq.load_state_dict(load_checkpoint(work / "vq")[1]["vq"])
     policy.save_pretrained(out)
     return out
 
-def _elsewhere(module: str, function: str):
-    "A recipe of a later module, imported when it is asked for."
-    return lambda *args: getattr(import_module(module), function)(*args)
-
-RECIPES = {"tiny-janus": _tiny_janus, "tiny-siglip": _elsewhere("unify_rl.train.referee", "tiny_siglip")}
+RECIPES = {"tiny-janus": _tiny_janus}

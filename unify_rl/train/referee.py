@@ -17,6 +17,7 @@ from torch import Tensor
 from ..core import Constraint, UserError, rng_for, seed_for
 from ..rewards.siglip import PATHS, Siglip, new_siglip
 from .checkpoint import load_checkpoint, save_checkpoint
+from .pretrain import RECIPES
 from ..world.prompts import CATEGORIES, NUMBERS, TEMPLATES, combinations, constraints, is_held_out, key_phrases, phrase, scene_for, split_combinations
 from ..world.scenes import COLORS, PLACES, RELATIONS, SHAPES, Thing, World, place, relations, render_batch
 
@@ -242,10 +243,12 @@ def referee_words() -> tuple:
     texts += [k for cat in CATEGORIES for c in combinations(cat) for k in key_phrases(cat, c)]
     return tuple(sorted({w for t in texts for w in re.findall(r"\w+", t.lower())}))
 
-def tiny_siglip(out: Path, seed: int, work: Path, steps=None, vq_steps=None, stages=(), track=None) -> Path:
+def tiny_siglip(out: Path, seed: int, work: Path, steps=None, vq_steps=None, stages=None, track=None) -> Path:
     "The recipe of the shipped referee: build, train, write."
     steps = steps or 2600
     referee = new_siglip(referee_words(), work/"new", seed=seed_for(seed, "tiny-siglip") % 2**31)
     train_referee(referee, World(), work/"train", seed, steps, track=(lambda s, l: track("referee", s, steps, l)) if track else None)
     referee.save_pretrained(out, work/"new")
     return out
+
+RECIPES["tiny-siglip"] = tiny_siglip

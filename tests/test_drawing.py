@@ -1,0 +1,123 @@
+"""The policy's own settings of drawing: from the configuration to `sample`, in training and in tests."""
+import pytest
+import torch
+
+import unify_rl.run as R
+from unify_rl.core import UserError
+from unify_rl.data.stream import PromptStream
+from unify_rl.evaluate.suites import evaluate, load_suite
+from unify_rl.policies.bagel import BagelPolicy, new_bagel
+from unify_rl.policies.base import Policy
+from unify_rl.policies.janus import new_janus
+from unify_rl.rewards.verifiable import per_sample
+from unify_rl.run import train
+from unify_rl.train.config import Config, from_dict
+from unify_rl.train.loop import Trainer
+from unify_rl.train.pretrain import vocabulary
+from unify_rl.train.runlog import RunLog
+from unify_rl.world.prompts import draw_prompts, edit_prompts
+from unify_rl.world.questions import question_prompts
+
+redness = per_sample("redness", lambda prompt, text, image: float(image[..., 0].mean()) / 255, tasks=("generate", "edit"))
+wordy = per_sample("wordy", lambda prompt, text, image: float(len(text)), tasks=("answer",))
+PROMPTS = [*draw_prompts("train", 4), *question_prompts("train", 4), *edit_prompts("train", 4)]
+
+
+def bagel():
+    policy = new_bagel(vocabulary(), hidden=32, layers=1)
+    torch.manual_seed(0); torch.nn.init.normal_(policy.net.llm2vae.weight, std=0.1)
+    return policy
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    "Every call of BAGEL's `sample`: its keywords."
+    seen, real = [], BagelPolicy.sample
+    def spy(self, *args, **kw): seen.append(kw); return real(self, *args, **kw)
+    monkeypatch.setattr(BagelPolicy, "sample", spy)
+    return seen
+
+
+def trainer(folder, drawing, **over):
+    cfg = from_dict(Config, dict(recipe="x", steps=2, rollout=dict(prompts=3, group_size=2, max_text=4, drawing=drawing)) | over)
+    stream = PromptStream(PROMPTS, dict(generate=1.0, answer=1.0, edit=1.0))
+    return Trainer(cfg, bagel(), stream, [redness, wordy], torch.ones(2, dtype=torch.float64), RunLog(folder))
+
+
+@pytest.mark.parametrize("drawing, actions", [(dict(estimator="sde", steps=4, window=3), 3), (dict(estimator="forward", steps=3, draws=5), 5)])
+def test_the_trainer_hands_them_on(tmp_path, calls, monkeypatch, drawing, actions):
+    t, widths = trainer(tmp_path/"a", drawing), []
+    update = t._update
+    monkeypatch.setattr(t, "_update", lambda parts, adv: [widths.extend(p.actions.shape[1] for p in parts if p.kind == "image"), update(parts, adv)][1])
+    before = [p.clone() for p in t.params]
+    m = t.step()
+    assert {k: calls[0][k] for k in drawing} == drawing and widths and set(widths) == {actions}
+    assert any(not torch.equal(a, b) for a, b in zip(before, t.params))
+    assert abs(m["objective/ratio_mean"] - 1) < 1e-4 and m["samples/failed"] == 0
+
+
+def test_two_updates_with_a_reference(tmp_path):
+    "The recipe's shape: forward draws, k2 towards the reference, two updates a rollout."
+    t = trainer(tmp_path/"a", dict(estimator="forward", steps=3), objective=dict(updates=2, beta=.5, kl="k2", clip_low=.05, clip_high=.05),
+                optimizer=dict(lr=1e-3))
+    first, second = t.step(), t.step()
+    assert first["objective/kl"] >= 0 and second["objective/kl"] > 0
+
+
+def test_each_kind_of_action_has_its_own_kl(tmp_path):
+    "A weight for pictures alone changes the step, keeps no reference log-probability of text, and equals `beta` where they agree."
+    drawing, kl = dict(estimator="forward", steps=3), dict(updates=2, kl="k2")
+    def after(name, **o):
+        t = trainer(tmp_path/name, drawing, objective=kl | o, optimizer=dict(lr=1e-3))
+        t.step(); t.step()
+        return torch.cat([p.detach().flatten() for p in t.params])
+    both, apart = after("a", beta=3.0), after("b", beta=0.0, betas=dict(text=3.0, image=3.0))
+    assert torch.equal(both, apart)
+    assert not torch.equal(after("c", beta=0.0), after("d", beta=0.0, betas=dict(image=3.0)))
+    t = trainer(tmp_path/"e", drawing, objective=kl | dict(beta=0.0, betas=dict(image=3.0)))
+    parts, real = [], t._update
+    t._update = lambda ps, adv: [parts.extend(ps), real(ps, adv)][1]
+    t.step()
+    assert {p.kind: p.logp_ref is not None for p in parts} == dict(image=True, text=False)
+
+
+def test_training_without_actions_is_refused(tmp_path):
+    with pytest.raises(UserError, match="kept no actions.*'estimator': 'none'"): trainer(tmp_path/"a", dict(estimator="none")).step()
+
+
+def test_a_test_draws_without_noise_in_its_steps(calls):
+    policy, suite = bagel(), load_suite("shapes-geneval", 6)
+    policy.drawing = policy._with(dict(steps=2))
+    evaluate(policy, suite)
+    assert calls[-1]["estimator"] == "none"
+    res = evaluate(policy, suite, drawing=dict(steps=3, shift=1.0))
+    assert res.settings["drawing"] == dict(estimator="none", steps=3, shift=1.0)
+    assert {k: calls[-1][k] for k in ("estimator", "steps", "shift")} == res.settings["drawing"]
+
+
+def test_policies_without_settings_are_asked_as_before():
+    class Plain(Policy):
+        tasks = ("answer",)
+        def sample(self, prompts, group_size, generator=None, **kw): assert set(kw) == {"temperature", "cfg", "max_text"}; raise StopIteration
+    policy = Plain(); policy.one = torch.nn.Parameter(torch.ones(1))
+    with pytest.raises(StopIteration): evaluate(policy, load_suite("shapes-qa", 6))
+
+
+@pytest.mark.parametrize("drawing, message", [
+    (dict(stepz=3), "unknown setting 'stepz' of drawing. Did you mean 'steps'"),
+    (dict(estimator="sed"), "Did you mean 'sde'"),
+    (dict(steps="many"), "drawing.steps is 'many'; it must be of type int"),
+    (dict(think=1), "drawing.think is 1; it must be of type bool"),
+    (dict(steps=0), "0 sampling steps"),
+    (dict(steps=3, window=5), "a window of 5 steps does not fit"),
+])
+def test_mistakes_are_found_before_any_work(drawing, message):
+    with pytest.raises(UserError, match=message): bagel().check_drawing(drawing)
+
+
+@pytest.mark.parametrize("section", ["rollout", "evaluate"])
+def test_a_run_refuses_them_before_its_folder_is_made(tmp_path, section):
+    new_janus(vocabulary(), layers=1, hidden=32).save_pretrained(tmp_path/"tiny")
+    with pytest.raises(UserError, match="tiny: unknown setting 'steps' of drawing. Known: \\(none\\)"):
+        train("grpo", tmp_path/"tiny", run_dir=tmp_path/"run", progress=False, overrides=[f"{section}.drawing.steps=3"])
+    assert not (tmp_path/"run").exists()
