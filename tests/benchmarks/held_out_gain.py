@@ -102,6 +102,9 @@ def main() -> None:
     print("\n| category | base | trained, mean of seeds |\n|---|---|---|")
     for s, r in results["suites"].items():
         for c, v in r["categories"].items(): print(f"| {s}: {c} | {v['before']:.3f} | {v['after']:.3f} |")
+    for choice in (True, False) if "shapes-qa" in before else ():           # the same questions by form: options are written " A. "
+        form = lambda results: np.mean([float(x["correct"]) for r in results for x in r.rows if (" A. " in x["prompt"]) == choice])
+        print(f"| shapes-qa: {'multiple choice' if choice else 'open'} | {form([before['shapes-qa']]):.3f} | {form(after['shapes-qa']):.3f} |")
     print("\n| without RL | " + " | ".join(suites) + " |\n|---|" + "---|" * len(suites))
     for name, r in others.items():
         results["others"][name] = {s: x.overall for s, x in r.items()}

@@ -9,7 +9,6 @@ import copy
 import json
 import math
 import re
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -440,8 +439,6 @@ class BagelPolicy(Policy):
 
     # -- parts of the model
     @property
-    def has_adapter(self) -> bool: return hasattr(self.model, "peft_config")
-    @property
     def net(self) -> Bagel: return self.model.get_base_model() if self.has_adapter else self.model
     @property
     def body(self) -> MoTBody: return self.net.language_model.model
@@ -460,18 +457,6 @@ class BagelPolicy(Policy):
         "Replace the two feed-forward experts of every layer by learned-routed copies (see the lesson on Mixture-of-Transformers)."
         for layer in self.body.layers: upcycle(layer, experts, top_k, noise=noise)
         self.config = self.config | dict(config=self.config["config"] | dict(experts=experts, top_k=top_k))
-
-    def keep_reference(self) -> None:
-        "With LoRA the reference is the model without its adapter; otherwise a frozen copy."
-        if not self.has_adapter: super().keep_reference()
-
-    @contextmanager
-    def reference(self):
-        "The frozen reference policy."
-        if not self.has_adapter:
-            with super().reference() as ref: yield ref
-        else:
-            with self.model.disable_adapter(), torch.no_grad(): yield self
 
     # -- pictures
     def _fit(self, image: np.ndarray, name: str, stride: int) -> tuple:

@@ -72,8 +72,12 @@ class Policy(nn.Module):
         for n, w in self.named_parameters(): w.requires_grad_(any(f".{p}." in f".{n}." for p in prefixes))
         return [n for n, w in self.named_parameters() if w.requires_grad]
 
+    @property
+    def has_adapter(self) -> bool: return hasattr(getattr(self, "model", None), "peft_config")
+
     def keep_reference(self) -> None:
-        "Freeze the present policy as the reference; parameters that do not train are shared, not copied."
+        "Freeze the present policy as the reference, sharing what does not train; with LoRA the model without its adapter is the reference."
+        if self.has_adapter: return
         memo = {id(w): w for w in self.parameters() if not w.requires_grad} | {id(b): b for b in self.buffers()}
         frozen = copy.deepcopy(self, memo).requires_grad_(False)
         object.__setattr__(self, "_reference", frozen)
@@ -81,5 +85,8 @@ class Policy(nn.Module):
     @contextmanager
     def reference(self):
         "The frozen reference policy, for log-probabilities under it."
+        if self.has_adapter:
+            with self.model.disable_adapter(), torch.no_grad(): yield self
+            return
         if getattr(self, "_reference", None) is None: raise UserError("there is no reference: call keep_reference() before training, or set objective.beta=0")
         with torch.no_grad(): yield self._reference

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import copy
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -116,8 +115,6 @@ class JanusPolicy(Policy):
     @property
     def janus(self): return self.model.get_base_model() if self.has_adapter else self.model
     @property
-    def has_adapter(self) -> bool: return hasattr(self.model, "peft_config")
-    @property
     def tokenizer(self): return self.processor.tokenizer
     @property
     def frozen_vision(self) -> bool:
@@ -129,18 +126,6 @@ class JanusPolicy(Policy):
         from peft import LoraConfig, get_peft_model
         pattern = r".*language_model.*\.(" + "|".join(targets) + ")"
         self.model = get_peft_model(self.model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=pattern))
-
-    def keep_reference(self) -> None:
-        "With LoRA the reference is the model without its adapter; otherwise a frozen copy."
-        if not self.has_adapter: super().keep_reference()
-
-    @contextmanager
-    def reference(self):
-        "The frozen reference policy."
-        if not self.has_adapter:
-            with super().reference() as ref: yield ref
-        else:
-            with self.model.disable_adapter(), torch.no_grad(): yield self
 
     # -- prompts
     def _pixels(self, images: list) -> Tensor:

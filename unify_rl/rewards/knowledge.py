@@ -117,7 +117,8 @@ def knowledge_reward(judge: Callable, wording: Wording, batch: int = 64) -> Rewa
         rows, p = np.array([b for b, _ in asked]), torch.cat(said).cpu().numpy()
         n = np.bincount(rows, minlength=len(values))
         values[n > 0] = np.bincount(rows, p, len(values))[n > 0] / n[n > 0]
-        for b in np.flatnonzero(n): reasons[b] = ", ".join(f"{q} {v:.2f}" for (c, q), v in zip(asked, p) if c == b)
+        for b in np.flatnonzero(n): reasons[b] = ""
+        for (b, q), v in zip(asked, p): reasons[b] += f"{', ' if reasons[b] else ''}{q} {v:.2f}"
         return Scores(values, reasons)
     return Reward("knowledge", ask, ("generate", "edit", "joint"), cost="model")
 

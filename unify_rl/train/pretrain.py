@@ -219,8 +219,8 @@ def _tiny_janus(out: Path, seed: int, work: Path, steps, vq_steps, stages, track
     policy.load_state_dict(load_checkpoint(work / "lm")[1]["policy"], strict=False)
     more = max(1, round(steps * 2 / 3))
     if "questions" in stages:
-        pretrain_lm(policy, world, work / "questions", seed, more, 24, 56, 1.5e-3, 0.5, habit, "focused", True, "questions", batch=partial(training_batch, lookups=32),
-                    track=tell("questions", more))
+        pretrain_lm(policy, world, work / "questions", seed, more, 24, 56, 1.5e-3, 0.5, habit, "focused", True, "questions",
+                    batch=partial(training_batch, lookups=32), track=tell("questions", more))
     policy.load_state_dict(load_checkpoint(work / "questions")[1]["policy"], strict=False)
     vq.load_state_dict(load_checkpoint(work / "vq")[1]["vq"])
     policy.save_pretrained(out)
