@@ -83,6 +83,7 @@ class Part:
     logp_old: Any = None        # [b, T] log-probability when sampled; None for outputs that were given, not sampled
     logp_ref: Any = None        # [b, T] log-probability under the frozen reference, if one is needed
     settings: dict = field(default_factory=dict)   # how it was sampled: temperature, cfg, ...
+    targets: dict = field(default_factory=dict)    # name -> [b, ...] what further losses compare with
 
     def __len__(self): return len(self.rows)
 
@@ -93,7 +94,7 @@ class Part:
         pick = lambda x: None if x is None else x[idx]
         return replace(self, rows=self.rows[idx], actions=self.actions[idx], mask=self.mask[idx],
                        context={k: v[used] for k, v in self.context.items()}, context_index=context_index,
-                       logp_old=pick(self.logp_old), logp_ref=pick(self.logp_ref))
+                       logp_old=pick(self.logp_old), logp_ref=pick(self.logp_ref), targets={k: v[idx] for k, v in self.targets.items()})
 
     def split(self, size: int) -> list["Part"]:
         "Micro-batches of at most `size` rows, in order."

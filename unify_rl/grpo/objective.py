@@ -47,8 +47,8 @@ def _check(logp_BT, others, adv_B, clip_low, clip_high, beta):
     if not (clip_low >= 0 and clip_high >= 0):
         raise UserError(f"objective: clip_low {clip_low} and clip_high {clip_high} must be at least 0 (inf: no clipping).")
     if not beta >= 0: raise UserError(f"objective: beta is {beta}; it must be at least 0.")
-    if beta > 0 and others["logp_ref_BT"] is None:
-        raise UserError(f"objective: beta is {beta}, so the reference is needed. Pass logp_ref_BT, or set beta to 0.")
+    if beta > 0 and others["logp_ref_BT"] is None and others["kl_BT"] is None:
+        raise UserError(f"objective: beta is {beta}, so the reference is needed. Pass logp_ref_BT (or kl_BT), or set beta to 0.")
 
 # %% ../../nbs/04_grpo.objective.ipynb #objective
 LOG_RATIO_MAX = 20.0    # cap of log(pi / pi_old), so that a ratio never overflows
@@ -63,9 +63,10 @@ def objective(
     clip_high: float = 0.2,         # ratios above 1 + clip_high earn nothing more
     beta: float = 0.0,              # weight of the KL term
     kl: str = "k3",                 # its estimator: 'k1', 'k2' or 'k3'
+    kl_BT: Tensor | None = None,    # [B, T] the KL itself (differentiable), where it is known: then nothing is estimated
 ) -> tuple:                         # (loss, dict of detached statistics); both add over micro-batches
     "GRPO's clipped surrogate with a KL term (LVRPO Eq. 2, CoRL Eq. 2, PairUni Eq. 3), as a loss to minimise."
-    same_shape = dict(logp_old_BT=logp_old_BT, logp_ref_BT=logp_ref_BT, weights_BT=weights_BT)
+    same_shape = dict(logp_old_BT=logp_old_BT, logp_ref_BT=logp_ref_BT, weights_BT=weights_BT, kl_BT=kl_BT)
     _check(logp_BT, same_shape, adv_B, clip_low, clip_high, beta)
     clean = lambda x: x.where(weights_BT > 0, 0.0)              # padding may hold anything, even NaN
     logp_BT = clean(logp_BT)
@@ -77,7 +78,8 @@ def objective(
     gain_BT, clipped_BT = ratio_BT * adv_B1, ratio_BT.clamp(1 - clip_low, 1 + clip_high) * adv_B1
     loss = policy_loss = -average(torch.min(gain_BT, clipped_BT))
     stats = dict(policy_loss=policy_loss, ratio_mean=average(ratio_BT), clip_fraction=average(clipped_BT < gain_BT))
-    if logp_ref_BT is not None:
-        stats["kl"] = average(kl_estimate(logp_BT, clean(logp_ref_BT).detach(), kl))
+    if kl_BT is None and logp_ref_BT is not None: kl_BT = kl_estimate(logp_BT, clean(logp_ref_BT).detach(), kl)
+    if kl_BT is not None:
+        stats["kl"] = average(clean(kl_BT))
         if beta > 0: loss = policy_loss + beta * stats["kl"]
     return loss, {k: v.detach() for k, v in dict(loss=loss, **stats).items()}

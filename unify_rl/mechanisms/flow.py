@@ -18,7 +18,8 @@ from ..grpo.kl import kl_gaussian
 # %% auto #0
 __all__ = ['REDUCTIONS', 'FORMS', 'WEIGHTINGS', 'interpolate', 'flow_loss', 'shift_time', 'timesteps', 'training_times',
            'ode_step', 'step_coefficients', 'normal_like', 'sde_step', 'step_logp', 'step_weight', 'gaussian_kl',
-           'sde_window', 'FlowSample', 'sample_flow', 'sde_logp', 'row_generators', 'Draws', 'forward_draws',
+           'sde_window', 'FlowSample', 'sample_flow', 'sde_means', 'means_logp', 'means_kl', 'sde_logp',
+           'row_generators', 'Draws', 'forward_draws', 'forward_velocities', 'velocities_logp', 'velocities_kl',
            'forward_logp']
 
 # %% ../../nbs/11_mechanisms.flow.ipynb #interpolate
@@ -241,27 +242,45 @@ def sample_flow(
     return FlowSample(x, torch.stack(states, 1), torch.stack(logp, 1))
 
 # %% ../../nbs/11_mechanisms.flow.ipynb #sde-logp
-def sde_logp(
+def sde_means(
     velocity: Callable,
     states: Tensor,             # [b, T, 2, ...] from `sample_flow`
     times: Sequence,
     window: Sequence,           # T step numbers
     noise_level: float = 0.7,
     form: str = "flow_sde",
-    reduction: str = "mean",
-    weighting: str = "none",
-) -> Tensor:                    # [b, T], differentiable
-    "Log-probability of sampled steps under a velocity; all settings as they were in `sample_flow`."
-    times, logp = [float(t) for t in times], []
+) -> Tensor:                    # [b, T, ...], differentiable
+    "Where stored steps would go on average under a velocity."
+    times = [float(t) for t in times]
     _check_window(times, window, form)
     if states.shape[1] != len(window):
         raise UserError(f"{states.shape[1]} stored steps, but the window {tuple(window)} has {len(window)}.")
-    for k, i in enumerate(window):
-        x, x_next, t, t_next = states[:, k, 0], states[:, k, 1], times[i], times[i + 1]
-        a, b, std = step_coefficients(_column(t, x), _column(t_next, x), noise_level, form)
-        mean = a * x + b * _wide(velocity(x, x.new_full((len(x),), t)))
-        logp.append(step_weight(t, t_next, noise_level, form, weighting).item() * step_logp(x_next, mean, std, reduction))
-    return torch.stack(logp, 1) if logp else states.new_zeros(len(states), 0)
+    def mean(x, t, t_next):
+        a, b, _ = step_coefficients(_column(t, x), _column(t_next, x), noise_level, form)
+        return a * x + b * _wide(velocity(x, x.new_full((len(x),), t)))
+    if not len(window): return states[:, :, 0]
+    return torch.stack([mean(states[:, k, 0], times[i], times[i + 1]) for k, i in enumerate(window)], 1)
+
+def _each_step(score: Callable, x: Tensor, times, window, noise_level, form, weighting) -> Tensor:
+    "[b, T]: `score(k, std)` of each step of the window, times its weight."
+    def one(k, t, t_next):
+        std = step_coefficients(_column(t, x), _column(t_next, x), noise_level, form)[2]
+        return step_weight(t, t_next, noise_level, form, weighting).item() * score(k, std)
+    return torch.stack([one(k, float(times[i]), float(times[i + 1])) for k, i in enumerate(window)], 1) if len(window) else x.new_zeros(len(x), 0)
+
+def means_logp(means: Tensor, states: Tensor, times, window, noise_level=0.7, form="flow_sde", reduction="mean", weighting="none") -> Tensor:
+    "[b, T] log-probability of stored steps under a policy with these means."
+    return _each_step(lambda k, std: step_logp(states[:, k, 1], means[:, k], std, reduction), states[:, 0, 0] if len(window) else states, times, window, noise_level, form, weighting)
+
+def means_kl(means: Tensor, means_ref: Tensor, times, window, noise_level=0.7, form="flow_sde", reduction="mean", weighting="none") -> Tensor:
+    "[b, T] exact KL of the steps of two policies, weighted as their log-probabilities are."
+    return _each_step(lambda k, std: gaussian_kl(means[:, k], means_ref[:, k], std, reduction), means[:, 0] if len(window) else means, times, window, noise_level, form, weighting)
+
+def sde_logp(velocity: Callable, states: Tensor, times: Sequence, window: Sequence, noise_level: float = 0.7, form: str = "flow_sde",
+             reduction: str = "mean", weighting: str = "none") -> Tensor:
+    "[b, T] log-probability of sampled steps under a velocity, differentiable; all settings as they were in `sample_flow`."
+    means = sde_means(velocity, states, times, window, noise_level, form)
+    return means_logp(means, states, times, window, noise_level, form, reduction, weighting)
 
 # %% ../../nbs/11_mechanisms.flow.ipynb #forward
 def row_generators(seed: int, rows: Tensor, name: str = "noise") -> list:
@@ -290,12 +309,24 @@ def forward_draws(
     noise = normal_like(x0.unsqueeze(1).expand(-1, draws, *x0.shape[1:]), generators)
     return Draws(t.to(x0), noise)
 
-def forward_logp(
+def forward_velocities(
     velocity: Callable,         # (x [b, ...], t [b]) -> [b, ...]; called once a draw
     x0: Tensor,                 # [b, ...] finished samples
     draws: Draws,
-    reduction: str = "mean",
-) -> Tensor:                    # [b, T], differentiable
-    "The forward-process stand-in for a log-probability: minus the flow-matching loss at given draws (FPO)."
-    loss = lambda k: flow_loss(velocity, x0, draws.noise[:, k], draws.t[:, k], reduction)
-    return -torch.stack([loss(k) for k in range(draws.t.shape[1])], 1)
+) -> Tensor:                    # [b, T, ...], differentiable
+    "The velocity at every draw."
+    x0 = _wide(x0)
+    one = lambda k: _wide(velocity(interpolate(x0, draws.noise[:, k], draws.t[:, k]), draws.t[:, k]))
+    return torch.stack([one(k) for k in range(draws.t.shape[1])], 1)
+
+def velocities_logp(v_bT: Tensor, x0: Tensor, draws: Draws, reduction: str = "mean") -> Tensor:
+    "[b, T] minus the flow-matching loss of given velocities."
+    return -_reduce((v_bT - (draws.noise - _wide(x0).unsqueeze(1))).square().flatten(0, 1), reduction).unflatten(0, v_bT.shape[:2])
+
+def velocities_kl(v_bT: Tensor, v_ref_bT: Tensor, reduction: str = "mean") -> Tensor:
+    "[b, T] half the squared distance of two policies' velocities: a Gaussian KL of unit variance."
+    return _reduce((v_bT - v_ref_bT).square().flatten(0, 1) / 2, reduction).unflatten(0, v_bT.shape[:2])
+
+def forward_logp(velocity: Callable, x0: Tensor, draws: Draws, reduction: str = "mean") -> Tensor:
+    "[b, T] the forward-process stand-in for a log-probability: minus the flow-matching loss at given draws (FPO), differentiable."
+    return velocities_logp(forward_velocities(velocity, x0, draws), x0, draws, reduction)

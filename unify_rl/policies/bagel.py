@@ -21,8 +21,9 @@ from torch import Tensor, nn
 import unify_rl
 from ..core import Part, Prompt, Rollout, UserError, generator_for, nearest
 from ..mechanisms.tokens import Prefix, sample_tokens, token_logp
-from ..mechanisms.flow import forward_draws, forward_logp, normal_like, sample_flow, sde_logp, sde_window, timesteps
-from ..mechanisms.mot import GEN, MoTBody, make_route, upcycle
+from ..mechanisms.flow import (forward_draws, forward_velocities, means_kl, means_logp, normal_like, sample_flow, sde_means, sde_window,
+                                      timesteps, velocities_kl, velocities_logp)
+from ..mechanisms.mot import GEN, MoTBody, make_route, router_stats, upcycle
 from .base import Policy
 from .janus import TAGS
 
@@ -255,7 +256,7 @@ def new_bagel(
     vit = dict(hidden_size=hidden // 2, num_hidden_layers=3, num_attention_heads=2, intermediate_size=hidden, patch_size=patch, image_size=image)
     top = dict(model_type="bagel", architectures=["BagelForConditionalGeneration"], latent_patch_size=latent_patch, max_latent_size=image // unit,
                vit_max_num_patch_per_side=image // patch, connector_act="gelu_pytorch_tanh", image_size=image,
-               vae_transform=[image, image], vit_transform=[image, image], drawing=dict(steps=15), guidance=dict(generate=dict(interval=[0.0, 1.0])), vae_config=dict(z_channels=z, downsample=2 ** (len(vae) - 1), scale_factor=1.0, shift_factor=0.0))
+               vae_transform=[image, image], vit_transform=[image, image], drawing=dict(steps=15, draw_shift=3.0), guidance=dict(generate=dict(interval=[0.0, 1.0])), vae_config=dict(z_channels=z, downsample=2 ** (len(vae) - 1), scale_factor=1.0, shift_factor=0.0))
     torch.manual_seed(seed)
     net = Bagel(llm, vit, latent_patch**2 * z, image // unit)
     _scale_init(net)
@@ -323,20 +324,27 @@ class Estimator(NamedTuple):
     "What a flow's actions are."
     window: Callable        # (drawing, generator) -> numbers of the stochastic steps
     actions: Callable       # (flow sample, drawing) -> [b, T, ...]
-    logp: Callable          # (velocity, part) -> [b, T]
+    locate: Callable        # (velocity, part) -> [b, T, ...], all that the two below need of the policy
+    logp: Callable          # (location, part) -> [b, T]
+    kl: Callable            # (location, the reference's, part) -> [b, T]
 
-def _sde_logp(velocity, part):
+def _path(part, *more): return {k: part.settings[k] for k in ("times", "window", "noise_level", "form", *more)}
+def _rule(part): return _path(part, "reduction", "weighting")
+
+def _draws(part):
     s = part.settings
-    return sde_logp(velocity, part.actions, **{k: s[k] for k in ("times", "window", "noise_level", "form", "reduction", "weighting")})
-
-def _forward_logp(velocity, part):
-    x0, s = part.actions[:, 0], part.settings
-    return forward_logp(velocity, x0, forward_draws(x0, s["seed"], part.rows, part.actions.shape[1], s["draw_shift"]), s["reduction"])
+    return forward_draws(part.actions[:, 0], s["seed"], part.rows, part.actions.shape[1], s["draw_shift"])
 
 ESTIMATORS = dict(
-    sde=Estimator(lambda d, g: sde_window(d.steps, d.window, g, d.low, d.high or None), lambda s, d: s.states, _sde_logp),
-    forward=Estimator(lambda d, g: (), lambda s, d: s.final[:, None].expand(-1, d.draws, -1, -1), _forward_logp),
-    none=Estimator(lambda d, g: (), lambda s, d: None, None))
+    sde=Estimator(lambda d, g: sde_window(d.steps, d.window, g, d.low, d.high or None), lambda s, d: s.states,
+                  lambda v, part: sde_means(v, part.actions, **_path(part)),
+                  lambda mean, part: means_logp(mean, part.actions, **_rule(part)),
+                  lambda mean, ref, part: means_kl(mean, ref, **_rule(part))),
+    forward=Estimator(lambda d, g: (), lambda s, d: s.final[:, None].expand(-1, d.draws, -1, -1),
+                      lambda v, part: forward_velocities(v, part.actions[:, 0], _draws(part)),
+                      lambda u, part: velocities_logp(u, part.actions[:, 0], _draws(part), part.settings["reduction"]),
+                      lambda u, ref, part: velocities_kl(u, ref, part.settings["reduction"])),
+    none=Estimator(lambda d, g: (), lambda s, d: None, None, None, None))
 
 # %% ../../nbs/22_policies.bagel.ipynb #mask
 FULL, NO_TEXT, NO_IMAGE = 1, 2, 4                   # bits of `keep`: the contexts a token belongs to
@@ -386,6 +394,7 @@ class BagelPolicy(Policy):
     "BAGEL: answers, pictures, edits, and thoughts before pictures."
     tasks = ("generate", "answer", "edit", "joint")
     trains = ("language_model", "vae2llm", "llm2vae", "time_embedder")
+    further, knows_kl = ("balance",), ("image",)
     draws_with, tests_with = tuple(f.name for f in fields(Drawing)), dict(estimator="none")
     lora_targets = tuple(p + s for p in ("q_proj", "k_proj", "v_proj", "o_proj") for s in ("", GEN)) + ("gate_proj", "up_proj", "down_proj")
 
@@ -716,7 +725,19 @@ class BagelPolicy(Policy):
 
     def logp(self, part):
         "[b, T] log-probability of the part's actions, each prompt run once."
-        return dict(text=self._text_logp, image=self._image_logp)[part.kind](part).masked_fill(~part.mask, 0)
+        logp = self._text_logp(part) if part.kind == "text" else self._image_logp(part)[0]
+        return logp.masked_fill(~part.mask, 0)
+
+    def forward(self, part, also=()):
+        if not also: return self.logp(part)
+        said = {}
+        if part.kind == "text": logp = self._text_logp(part)
+        else:
+            logp, said["location"] = self._image_logp(part)
+            if "kl" in also and "location" in part.targets:
+                said["kl"] = ESTIMATORS[part.settings["estimator"]].kl(said["location"], part.targets["location"], part)
+        if "balance" in also: said["balance"] = router_stats(self.body)["balance"]
+        return logp.masked_fill(~part.mask, 0), said
 
     def _text_logp(self, part):
         prefix, index, T = self.prefix(part.context), part.context_index, part.actions.shape[1]
@@ -729,10 +750,13 @@ class BagelPolicy(Policy):
         s = part.settings
         return token_logp(states, self.net.language_model.lm_head, part.actions, None, 1.0, s.get("temperature", 1), s.get("top_p", 1), self.logp_chunk)
 
-    def _image_logp(self, part):
+    def _image_logp(self, part) -> tuple[Tensor, Tensor]:
+        "Log-probabilities [b, T] and locations [b, T, ...]."
         s = part.settings
         v = self.velocity(part.context, part.context_index, s["grid"], s["cfg"], Guidance(**s["guidance"]))
-        return ESTIMATORS[s["estimator"]].logp(v, part)
+        e = ESTIMATORS[s["estimator"]]
+        where = e.locate(v, part)
+        return e.logp(where, part), where
 
     @torch.no_grad()
     def encode(self, prompts, texts, images):

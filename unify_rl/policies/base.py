@@ -26,6 +26,8 @@ class Policy(nn.Module):
     lora_targets: tuple = ()           # linear layers that get LoRA adapters unless a recipe says otherwise
     draws_with: tuple = ()             # names of its own settings of drawing (`rollout.drawing`)
     tests_with: dict = {}              # how these stand in a test, where no actions need to be kept
+    further: tuple = ()                # further losses that `forward` can say (`objective.further`)
+    knows_kl: tuple = ()               # kinds of action whose KL to the reference it knows exactly (`objective.exact`)
     remat: bool = False                # recompute activations in the backward pass
     logp_chunk: int = 4096             # tokens whose logits exist at one time
 
@@ -46,7 +48,20 @@ class Policy(nn.Module):
         "Write the model in its own published layout."
         raise NotImplementedError
 
-    def forward(self, part: Part) -> Tensor: return self.logp(part)
+    def forward(self, part: Part, also: tuple = ()) -> Tensor | tuple[Tensor, dict]:
+        "The part's log-probabilities; if names are given in `also` ('kl', 'location' or further losses), with a dict of what is known of them for this part."
+        return (self.logp(part), {}) if also else self.logp(part)
+
+    def check_further(self, further, exact) -> None:
+        "Refuse further losses and exact KLs that the policy cannot say, before any work is done."
+        for k in further:
+            if k not in self.further: raise UserError(f"objective.further: {self.name} has no further loss {k!r}. {nearest(k, self.further)}")
+        for k in exact:
+            if k not in self.knows_kl: raise UserError(f"objective.exact: {self.name} can only estimate the KL of {k!r} actions. {nearest(k, self.knows_kl)}")
+
+    def upcycle(self, experts: int = 8, top_k: int = 2) -> None:
+        "Replace hard routing by a learned router, where there is routing."
+        raise UserError(f"{self.name} has no experts to route to: model.experts is for Mixture-of-Transformers policies")
 
     @property
     def device(self) -> torch.device: return next(self.parameters()).device

@@ -19,7 +19,7 @@ from .verifiable import Reward
 from ..world.scenes import COLORS, SHAPES
 
 # %% auto #0
-__all__ = ['WORDINGS', 'FORMS', 'UNASKED', 'REWARDS', 'Wording', 'questions_of', 'p_yes', 'PolicyJudge', 'VlmJudge', 'token_of',
+__all__ = ['WORDINGS', 'FORMS', 'REWARDS', 'Wording', 'questions_of', 'p_yes', 'PolicyJudge', 'VlmJudge', 'token_of',
            'load_judge', 'knowledge_reward', 'knowledge']
 
 # %% ../../nbs/35_rewards.knowledge.ipynb #wording
@@ -111,7 +111,7 @@ def knowledge_reward(judge: Callable, wording: Wording, batch: int = 64) -> Rewa
     "LVRPO's knowledge reward by a given judge: the mean P(Yes) over a prompt's questions."
     def ask(prompts_B: list, rollout: Rollout) -> Scores:
         asked = [(b, q) for b, (p, im) in enumerate(zip(prompts_B, rollout.images)) if im is not None for q in questions_of(p, wording)]
-        values, reasons = np.full(len(prompts_B), np.nan), [UNASKED if im is not None else "there is no picture" for im in rollout.images]
+        values, reasons = np.full(len(prompts_B), np.nan), ["there is no picture"] * len(prompts_B)
         said = [judge([q for _, q in c], [rollout.images[b] for b, _ in c]) for c in (asked[i:i+batch] for i in range(0, len(asked), batch))]
         if not asked: return Scores(values, reasons)
         rows, p = np.array([b for b, _ in asked]), torch.cat(said).cpu().numpy()
@@ -120,9 +120,7 @@ def knowledge_reward(judge: Callable, wording: Wording, batch: int = 64) -> Rewa
         for b in np.flatnonzero(n): reasons[b] = ""
         for (b, q), v in zip(asked, p): reasons[b] += f"{', ' if reasons[b] else ''}{q} {v:.2f}"
         return Scores(values, reasons)
-    return Reward("knowledge", ask, ("generate", "edit", "joint"), cost="model")
-
-UNASKED = "skipped: the prompt has no fact (or key phrase) to ask about"
+    return Reward("knowledge", ask, ("generate", "edit", "joint"), cost="model", covers=lambda p: bool(questions_of(p, wording)))
 
 def knowledge(eyes, model: str = "tiny-janus", question: str = "", reply: str = "", yes: str = "", no: str = "", form: str = "",
               about: str = "", device: str = "cpu") -> Reward:

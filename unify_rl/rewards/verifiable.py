@@ -152,6 +152,7 @@ class Reward:
     tasks: tuple
     cost: str = "cheap"                     # 'cheap' or 'model'
     check: Callable | None = None           # (prompt) -> None, or a `UserError` if it could never be judged; asked before a run
+    covers: Callable | None = None          # (prompt) -> is it one this reward has something to say about? None: all of its tasks
 
     def __call__(self, prompts_B: list, rollout: Rollout) -> Scores: return self.judge(prompts_B, rollout)
 
@@ -272,6 +273,9 @@ def check_prompts(
         check = getattr(r, "check", None)
         for p in prompts:
             if check and p.task in r.tasks: check(p)
+        covers, mine = getattr(r, "covers", None), [p for p in prompts if p.task in r.tasks]
+        if covers and mine and not any(map(covers, mine)):
+            raise UserError(f"reward {r.name!r} has nothing to say about any of the {len(mine)} prompts (the first is {mine[0].id!r}). Leave it out, or mend the data")
 
 # %% ../../nbs/30_rewards.verifiable.ipynb #score
 @dataclass
@@ -295,7 +299,8 @@ def score(
     table = ScoreTable(torch.full((R, B), torch.nan, dtype=torch.float64), torch.zeros(R, B, dtype=torch.bool),
                        [[""] * B for _ in rewards])
     for k, reward in enumerate(rewards):
-        idx = [b for b, p in enumerate(prompts_B) if p.task in reward.tasks]
+        covers = getattr(reward, "covers", None) or (lambda p: True)
+        idx = [b for b, p in enumerate(prompts_B) if p.task in reward.tasks and covers(p)]
         if not idx: continue
         table.applies_RB[k, idx] = True
         values, reasons, problem = _ask(reward, [prompts_B[b] for b in idx], rollout, idx)

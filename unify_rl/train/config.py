@@ -63,6 +63,8 @@ class ObjectiveConfig:
     beta: float = 0.01                          # weight of the KL term; 0: no reference is kept
     betas: dict[str, float] = field(default_factory=dict)     # its weight for one kind of action only, e.g. {image: 20}
     kl: Literal["k1", "k2", "k3"] = "k3"        # estimator of the KL
+    exact: list[str] = field(default_factory=list)     # kinds of action whose KL is not estimated but known, e.g. [image]
+    further: dict[str, float] = field(default_factory=dict)    # weights of the policy's further losses, e.g. {balance: 0.01}
     average: Literal["token", "sequence", "group"] = "sequence"    # what counts equally in the loss
     updates: int = 1                            # optimizer steps on each rollout
 
@@ -82,6 +84,8 @@ class OptimizerConfig:
 class ModelConfig:
     "what is trained, and in which precision"
     train: list[str] = field(default_factory=list)             # name prefixes of trained parameters; []: the policy's choice
+    experts: int = 0                            # replace each pair of experts by this many behind a learned router; 0: keep
+    top_k: int = 2                              # experts that a token goes through then
     lora_rank: int = 0                          # train LoRA adapters of this rank; 0: the parameters themselves
     lora_alpha: float = 32.0                    # LoRA scale: the update is multiplied by alpha / rank
     lora_targets: list[str] = field(default_factory=list)      # names of adapted layers; []: the policy's choice
@@ -218,9 +222,9 @@ def _did_you_mean(key, cls):
 # %% ../../nbs/52_train.config.ipynb #check
 AT_LEAST = {    # smallest value -> keys
     0: ("seed", "threads", "rollout.cfg", "objective.clip_low", "objective.clip_high", "objective.beta", "optimizer.weight_decay",
-        "optimizer.beta1", "optimizer.beta2", "optimizer.warmup", "model.lora_rank", "log.groups_every", "log.groups_max",
+        "optimizer.beta1", "optimizer.beta2", "optimizer.warmup", "model.lora_rank", "model.experts", "log.groups_every", "log.groups_max",
         "checkpoint.every", "evaluate.cfg"),
-    1: ("steps", "rollout.prompts", "rollout.max_text", "objective.updates", "optimizer.micro_batch", "model.logp_chunk",
+    1: ("steps", "rollout.prompts", "rollout.max_text", "objective.updates", "optimizer.micro_batch", "model.logp_chunk", "model.top_k",
         "checkpoint.keep", "evaluate.prompts", "evaluate.batch"),
     2: ("rollout.group_size",)}
 ABOVE_0 = ("rollout.temperature", "rollout.top_p", "advantage.eps", "optimizer.lr", "optimizer.grad_norm", "model.lora_alpha",
@@ -245,6 +249,7 @@ def check(
     for p in ("policy", "run_dir", "data.source"): need(value[p].strip(), p, "given")
     _check_tasks(cfg.data.tasks)
     _check_betas(cfg.objective.betas)
+    _check_further(cfg.objective)
     _check_rewards(cfg.rewards)
     return cfg
 
@@ -262,6 +267,12 @@ def _check_betas(betas):
     for kind, beta in betas.items():
         if kind not in ("text", "image"): raise UserError(f"objective.betas.{kind}: actions are of kind 'text' or 'image'")
         if not 0 <= beta < math.inf: raise UserError(f"objective.betas.{kind} is {beta}; it must be at least 0 and finite")
+
+def _check_further(objective):
+    for kind in objective.exact:
+        if kind not in ("text", "image"): raise UserError(f"objective.exact: {kind!r} is not a kind of action; they are 'text' and 'image'")
+    for name, weight in objective.further.items():
+        if not 0 <= weight < math.inf: raise UserError(f"objective.further.{name} is {weight}; it must be at least 0 and finite")
 
 def _check_rewards(rewards):
     names = [r.name for r in rewards]

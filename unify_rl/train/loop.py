@@ -61,6 +61,8 @@ class Trainer:
         absent = [t for t in cfg.log.trackers if not importlib.util.find_spec(t)]
         if absent: raise UserError(f"log.trackers names {absent[0]!r}, which is not installed: pip install {absent[0]}, or leave it out")
         policy.remat, policy.logp_chunk = cfg.model.checkpoint_activations, cfg.model.logp_chunk
+        policy.check_further(cfg.objective.further, cfg.objective.exact)
+        if cfg.model.experts: policy.upcycle(cfg.model.experts, cfg.model.top_k)
         if cfg.model.lora_rank: policy.add_lora(cfg.model.lora_rank, cfg.model.lora_alpha, cfg.model.lora_targets or policy.lora_targets)
         else: policy.train_only(cfg.model.train or list(policy.trains))
         self.betas = {kind: cfg.objective.betas.get(kind, cfg.objective.beta) for kind in ("text", "image")}
@@ -104,24 +106,34 @@ class Trainer:
     def _score_reference(self, parts: list) -> None:
         if not parts: return
         with self.policy.reference() as ref, self.accelerator.autocast():
-            for part in parts: part.logp_ref = torch.cat([ref(m) for m in part.split(self.cfg.optimizer.micro_batch)])
+            for part in parts:
+                asked = ("location",) if part.kind in self.cfg.objective.exact else ()
+                said = [ref(m, asked) for m in part.split(self.cfg.optimizer.micro_batch)]
+                if not asked: part.logp_ref = torch.cat(said); continue
+                part.logp_ref = torch.cat([logp for logp, _ in said])
+                part.targets["location"] = torch.cat([s["location"] for _, s in said])
 
     def _update(self, parts: list, adv: Advantages) -> tuple[dict, dict]:
         "The optimizer steps on one rollout; returns mean statistics and per-sample ones."
         cfg, acc = self.cfg, self.accelerator
         weights, stats, rows = part_weights(parts, adv.valid_B, cfg.objective.average), defaultdict(float), {}
-        o = asdict(cfg.objective); o.pop("average"); o.pop("betas"); updates = o.pop("updates")
+        o, further = asdict(cfg.objective), cfg.objective.further
+        updates = [o.pop(k) for k in ("average", "betas", "exact", "further", "updates")][-1]
         for _ in range(updates):
             jobs = [(p, w, i) for p, w in zip(parts, weights) for i in self._useful(p, adv).split(cfg.optimizer.micro_batch) if len(i)]
             for k, (part, w, i) in enumerate(jobs):
                 with acc.no_sync(self.engine) if k + 1 < len(jobs) else contextlib.nullcontext():
                     piece = part.select(i)
-                    with acc.autocast(): logp = self.engine(piece)
+                    also = (*further, "kl") if "location" in piece.targets else tuple(further)
+                    with acc.autocast(): logp, said = self.engine(piece, also) if also else (self.engine(piece), {})
                     loss, s = objective(logp, piece.logp_old, piece.logp_ref, w[i], adv.adv_B[piece.rows.cpu()].to(logp),
-                                    **o | dict(beta=self.betas[part.kind]))
+                                        kl_BT=said.get("kl"), **o | dict(beta=self.betas[part.kind]))
+                    for name in [k for k in further if k in said]:      # means over the piece, so its share of the batch makes them add up
+                        s[name] = said[name].detach() * w[i].sum()
+                        loss = loss + further[name] * said[name] * w[i].sum()
                     acc.backward(loss)
                 for name, v in s.items(): stats[name] += v.item() / updates
-                rows.update(_per_sample(piece, logp.detach(), cfg.objective))
+                rows.update(_per_sample(piece, logp.detach(), said.get("kl"), cfg.objective))
             stats["grad_norm"] += self._apply(len(jobs)) / updates
         return dict(stats), rows
 
@@ -214,12 +226,13 @@ def phase(clock: dict, name: str):
     try: yield
     finally: clock[name] += time.perf_counter() - start
 
-def _per_sample(part, logp_BT, o) -> dict:
+def _per_sample(part, logp_BT, kl_BT, o) -> dict:
     "Clip fraction and KL of each row, by sample number."
     n = part.mask.sum(-1).clamp(min=1)
     ratio = (logp_BT - part.logp_old).exp()
     clip = (((ratio > 1 + o.clip_high) | (ratio < 1 - o.clip_low)) & part.mask).sum(-1) / n
-    kl = torch.full_like(clip, math.nan) if part.logp_ref is None else (kl_estimate(logp_BT, part.logp_ref, o.kl) * part.mask).sum(-1) / n
+    if kl_BT is None and part.logp_ref is not None: kl_BT = kl_estimate(logp_BT, part.logp_ref, o.kl)
+    kl = torch.full_like(clip, math.nan) if kl_BT is None else (kl_BT.detach() * part.mask).sum(-1) / n
     return {int(b): dict(clip_fraction=c, kl=k) for b, c, k in zip(part.rows.tolist(), clip.tolist(), kl.tolist())}
 
 @contextlib.contextmanager

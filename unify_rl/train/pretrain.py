@@ -25,7 +25,7 @@ from ..world.scenes import COLORS, SHAPES, Thing, World, random_scene, render_ba
 
 # %% auto #0
 __all__ = ['RECIPES', 'patches', 'codebook', 'exact_codes', 'spread_codes', 'distill_vq', 'vocabulary', 'glances', 'habit',
-           'one_of', 'fresh_drawing', 'fresh_questions', 'training_batch', 'lookup_part', 'conclusions',
+           'one_of', 'fresh_drawing', 'fresh_questions', 'training_batch', 'unseen', 'lookup_part', 'conclusions',
            'supervised_loss', 'pretrain_lm', 'pretrain']
 
 # %% ../../nbs/54_train.pretrain.ipynb #codes
@@ -135,7 +135,11 @@ def training_batch(policy: JanusPolicy, world: World, rng: np.random.Generator, 
 
 def _COMBOS(kind: str) -> list: return question_combinations(kind, "train")
 
-def lookup_part(policy: JanusPolicy, world: World, rng: np.random.Generator, n: int) -> Part:
+def unseen(policy: JanusPolicy, questions: list) -> dict:
+    "The context of questions without their pictures."
+    return policy._context([policy.template.format(p.text) for p in questions])
+
+def lookup_part(policy: Policy, world: World, rng: np.random.Generator, n: int, unseen: Callable = unseen) -> Part:
     "Multiple choice with closed eyes: no picture, the working is given, and only the letter counts."
     questions = []
     while len(questions) < n:
@@ -144,8 +148,7 @@ def lookup_part(policy: JanusPolicy, world: World, rng: np.random.Generator, n: 
         if p.choices: questions.append(p)
     part = policy.encode(questions, [reply(p, world) for p in questions], [None] * n).parts[0]
     letter = torch.isin(part.actions, torch.tensor(policy.tokenizer.convert_tokens_to_ids(list("ABCD")), device=part.actions.device))
-    context = policy._context([policy.template.format(p.text) for p in questions])
-    return Part("text", part.rows, part.actions, letter & (letter.cumsum(1) == 1), context, part.context_index, settings=dict(name="letter"))
+    return Part("text", part.rows, part.actions, letter & (letter.cumsum(1) == 1), unseen(policy, questions), part.context_index, settings=dict(name="letter"))
 
 # %% ../../nbs/54_train.pretrain.ipynb #loop
 def conclusions(policy, part: Part) -> Tensor:
@@ -198,7 +201,7 @@ def pretrain(
     out: str | Path,                # folder for the finished model
     seed: int = 0,
     work: str | Path | None = None, # folder for checkpoints; default runs/pretrain-NAME-sSEED
-    steps: int | None = None,       # steps of the stage lm, the stage questions has two thirds as many; default the recipe's
+    steps: int | None = None,       # steps of the stage lm, the stage questions has a share of them; default the recipe's
     vq_steps: int | None = None,    # steps of the autoencoder's stage
     stages: tuple | None = None,    # which stages to run before writing, default all; finished ones are skipped
     track=None,                     # called with (stage, step, total, losses)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +18,12 @@ from torch import Tensor
 from ..core import Part, Prompt, generator_for, rng_for, seed_for
 from ..policies.bagel import NO_IMAGE, NO_TEXT, BagelPolicy, new_bagel
 from .checkpoint import load_checkpoint, save_checkpoint
-from .pretrain import RECIPES, fresh_drawing, fresh_questions, habit, one_of, pretrain_lm, vocabulary
+from .pretrain import RECIPES, fresh_drawing, fresh_questions, habit, lookup_part, one_of, pretrain_lm, vocabulary
 from ..world.prompts import EDITS, captioned, edit_prompt, phrase, split_combinations
 from ..world.scenes import World, random_scene, render_batch
 
 # %% auto #0
-__all__ = ['unit_kl', 'train_vae', 'thought', 'fresh_edit', 'loosen', 'joint_batch']
+__all__ = ['unit_kl', 'train_vae', 'thought', 'fresh_edit', 'loosen', 'unseen', 'joint_batch']
 
 # %% ../../nbs/56_train.pretrain_bagel.ipynb #kl
 def unit_kl(mean: Tensor, var: Tensor) -> Tensor:
@@ -69,9 +70,13 @@ def loosen(policy: BagelPolicy, part: Part, rng: np.random.Generator, dropped: f
     return replace(part, context=context, actions=part.actions[:, :1].expand(-1, looks, -1, -1), mask=part.mask[:, :1].expand(-1, looks),
                    settings=part.settings | dict(seed=int(rng.integers(2**62))))
 
+def unseen(policy: BagelPolicy, questions: list) -> dict:
+    "The context of questions without their pictures."
+    return policy._context(questions, {}, answer=True)
+
 def joint_batch(policy: BagelPolicy, world: World, rng: np.random.Generator, draws: int, asks: int, wrong: float = 0.3,
                 terse: Callable = habit, how: str = "focused", done: float = 1.0, *, dropped: float = 0.1, riddles: float = 0.2,
-                edits: float = 0.4, thoughts: float = 0.3, looks: int = 2) -> list[Part]:
+                edits: float = 0.3, thoughts: float = 0.3, looks: int = 3, lookups: int = 0) -> list[Part]:
     "One supervised batch of drawings, some with thoughts, edits (a share of `draws` on top) and questions."
     prompts = [fresh_drawing(rng, riddles) for _ in range(draws)]
     images = list(render_batch(captioned(prompts, world, rng, wrong), world))
@@ -80,12 +85,13 @@ def joint_batch(policy: BagelPolicy, world: World, rng: np.random.Generator, dra
     images += [p.image if rng.random() < wrong else p.reference for p in changes]
     questions, replies = fresh_questions(rng, asks, world, terse, how, done)
     out = policy.encode(prompts + changes + questions, texts + [None] * len(changes) + replies, images + [None] * asks)
-    return [loosen(policy, p, rng, dropped, looks) if p.kind == "image" else p for p in out.parts]
+    parts = [loosen(policy, p, rng, dropped, looks) if p.kind == "image" else p for p in out.parts]
+    return parts + ([lookup_part(policy, world, rng, lookups, unseen)] if lookups else [])
 
 # %% ../../nbs/56_train.pretrain_bagel.ipynb #all
 def _tiny_bagel(out: Path, seed: int, work: Path, steps, vq_steps, stages, track) -> Path:
     world, policy = World(), new_bagel(vocabulary(), seed=seed_for(seed, "tiny-bagel") % 2**31)
-    stages, vae_steps, steps = stages or ("vae", "lm", "questions"), vq_steps or 800, steps or 3000
+    stages, vae_steps, steps = stages or ("vae", "lm", "questions"), vq_steps or 800, steps or 2400
     tell = lambda stage, total: (lambda s, l: track(stage, s, total, l)) if track else None
     if "vae" in stages and not any((work / "vae").glob("step-*")):
         train_vae(policy, world, seed, vae_steps, track=tell("vae", vae_steps))
@@ -93,13 +99,12 @@ def _tiny_bagel(out: Path, seed: int, work: Path, steps, vq_steps, stages, track
     made = load_checkpoint(work / "vae")[1]
     policy.vae.load_state_dict(made["vae"])
     policy.vae_scale, policy.vae_shift = made["scale"], made["shift"]
-    joint = dict(batch=joint_batch, frozen="vae")
-    if "lm" in stages: pretrain_lm(policy, world, work / "lm", seed, steps, 32, 24, track=tell("lm", steps), **joint)
+    if "lm" in stages: pretrain_lm(policy, world, work / "lm", seed, steps, 48, 16, wrong=0.2, track=tell("lm", steps), batch=joint_batch, frozen="vae")
     policy.load_state_dict(load_checkpoint(work / "lm")[1]["policy"], strict=False)
-    more = max(1, round(steps * 2 / 3))
+    more = max(1, steps // 2)
     if "questions" in stages:
         pretrain_lm(policy, world, work / "questions", seed, more, 24, 48, 1.5e-3, 0.5, habit, "focused", True, name="questions",
-                    track=tell("questions", more), **joint)
+                    track=tell("questions", more), batch=partial(joint_batch, lookups=24), frozen="vae")
     policy.load_state_dict(load_checkpoint(work / "questions")[1]["policy"], strict=False)
     policy.save_pretrained(out)
     return out
