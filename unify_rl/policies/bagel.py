@@ -31,8 +31,9 @@ from .janus import TAGS
 __all__ = ['VAE_NAMES', 'LLM_KEYS', 'VIT_KEYS', 'FILES', 'SPECIALS', 'THINK', 'RENORMS', 'GUIDANCE', 'ESTIMATORS', 'FULL',
            'NO_TEXT', 'NO_IMAGE', 'TEXT', 'VIT', 'VAE', 'patchify', 'unpatchify', 'places', 'sincos_table',
            'SiglipLayer', 'SiglipTower', 'Bagel', 'vae_name', 'vae_state', 'new_vae', 'vae_sizes', 'read_config',
-           'file_shapes', 'build', 'check_keys', 'bagel_shapes', 'qwen_words', 'new_bagel', 'Guidance',
-           'guide_velocity', 'Drawing', 'Estimator', 'layout', 'GroupDecoder', 'BagelPolicy']
+           'file_shapes', 'check_vae', 'build', 'check_keys', 'open_folder', 'bagel_shapes', 'qwen_words', 'new_bagel',
+           'check_types', 'from_section', 'Guidance', 'guide_velocity', 'Drawing', 'Estimator', 'layout',
+           'GroupDecoder', 'check_picture', 'BagelPolicy']
 
 # %% ../../nbs/22_policies.bagel.ipynb #patch
 def patchify(x: Tensor, p: int) -> Tensor:
@@ -157,7 +158,10 @@ def vae_sizes(shapes: dict) -> tuple:
     blocks = [k for k in shapes if re.fullmatch(r"encoder\.down\.0\.block\.\d+\.conv1\.weight", k)]
     if not levels or "decoder.conv_in.weight" not in shapes: raise UserError("ae.safetensors is not a FLUX-type autoencoder: "
         "encoder.down.0.block.0.conv1.weight or decoder.conv_in.weight is missing")
-    return tuple(shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(len(levels))), len(blocks), shapes["decoder.conv_in.weight"][1]
+    channels = tuple(shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(len(levels)))
+    if any(c % 32 for c in channels): raise UserError(f"ae.safetensors is not a FLUX-type autoencoder: its levels have {channels} channels "
+        "(encoder.down.N.block.0.conv1.weight), which are no multiples of 32")
+    return channels, len(blocks), shapes["decoder.conv_in.weight"][1]
 
 # %% ../../nbs/22_policies.bagel.ipynb #folder
 LLM_KEYS = ("hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size",
@@ -180,15 +184,26 @@ def file_shapes(file: Path) -> dict:
     "Name -> shape of the tensors of a safetensors file; only its header is read."
     from safetensors import SafetensorError, safe_open
     try:
-        with safe_open(file, "pt") as f: return {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
+        with safe_open(file, "np") as f: return {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
     except FileNotFoundError: raise UserError(f"{file} is missing: {file.parent} is not a whole BAGEL folder") from None
     except (SafetensorError, OSError) as e: raise UserError(f"{file} is damaged or cut short: {e}. Copy or download it again") from None
+
+def check_vae(channels: tuple, z: int, top: dict, vae2llm: tuple | None) -> None:
+    "Refuse an autoencoder that the network was not made for: another size of latents, or another reduction."
+    said, p = top.get("vae_config") or {}, top.get("latent_patch_size", 2)
+    cure = "Copy the ae.safetensors that came with this model, or correct config.json"
+    if vae2llm and p * p * z != vae2llm[1]:
+        raise UserError(f"ae.safetensors has latents of {z} channels, so a token of {p} x {p} holds {p * p * z} numbers, "
+                        f"but vae2llm.weight in ema.safetensors takes {vae2llm[1]}. {cure}")
+    for key, has in (("z_channels", z), ("downsample", 2 ** (len(channels) - 1))):
+        if said.get(key, has) != has: raise UserError(f"ae.safetensors has {key} {has}, but vae_config in config.json says {said[key]}. {cure}")
 
 def build(config: dict, shapes: dict, ae_shapes: dict) -> tuple:
     "An empty network and autoencoder (on the meta device) for a configuration and the shapes in its files."
     channels, blocks, z = vae_sizes(ae_shapes)
     top, table = config["config"], shapes.get("latent_pos_embed.pos_embed")
     if table is None: raise UserError("ema.safetensors: latent_pos_embed.pos_embed is missing")
+    check_vae(channels, z, top, shapes.get("vae2llm.weight"))
     with torch.device("meta"):
         net = Bagel(config["llm_config"], config["vit_config"], top.get("latent_patch_size", 2)**2 * z, math.isqrt(table[0]))
         if "experts" in top:
@@ -203,10 +218,15 @@ def check_keys(want: dict, have: dict, file: str) -> None:
     if spare: raise UserError(f"{file}: {spare[0]} belongs to no part of the model that the configuration describes")
     if odd: raise UserError(f"{file}: {odd[0]} is {tuple(have[odd[0]])}, but the configuration says {tuple(want[odd[0]])}")
 
+def open_folder(folder: Path) -> tuple:
+    "Configuration, shapes in the two weight files, and the empty network and autoencoder that they describe."
+    config, shapes = read_config(folder), [file_shapes(folder/f) for f in FILES]
+    try: return config, shapes, *build(config, *shapes)
+    except UserError as e: raise UserError(f"{folder}: {e}") from None
+
 def bagel_shapes(folder: str | Path) -> dict:
     "Name -> shape of every tensor that a BAGEL folder's configuration calls for."
-    folder = Path(folder)
-    net, vae = build(read_config(folder), *(file_shapes(folder/f) for f in FILES))
+    _, _, net, vae = open_folder(Path(folder))
     return {k: tuple(w.shape) for k, w in (net.state_dict() | vae_state(vae)).items()}
 
 # %% ../../nbs/22_policies.bagel.ipynb #small
@@ -263,6 +283,21 @@ def new_bagel(
     return BagelPolicy(net, new_vae(vae, 1, z), tok, dict(config=top, llm_config=llm, vit_config=vit))
 
 # %% ../../nbs/22_policies.bagel.ipynb #guide
+def check_types(x, where: str) -> None:
+    "Refuse settings of another type than their default's."
+    for f in fields(x):
+        v, kind = getattr(x, f.name), type(f.default)
+        if type(v) is not kind and (kind, type(v)) not in ((float, int), (tuple, list)):
+            raise UserError(f"{where}.{f.name} is {v!r}; it must be of type {kind.__name__}")
+
+def from_section(kind: type, x: dict, where: str):
+    "Settings from a section of `config.json`, or a `UserError` that says where they stand."
+    names = [f.name for f in fields(kind)]
+    for k in x:
+        if k not in names: raise UserError(f"config.json: unknown setting {k!r} in {where}. {nearest(k, names)}")
+    try: return kind(**x)
+    except UserError as e: raise UserError(f"config.json, {where}: {e}") from None
+
 @dataclass(frozen=True)
 class Guidance:
     "Classifier-free guidance of a velocity, besides the text scale (`cfg`)."
@@ -272,8 +307,10 @@ class Guidance:
     renorm_min: float = 0.0             # shorten to this fraction at most
 
     def __post_init__(self):
+        check_types(self, "guidance")
         if self.renorm not in RENORMS: raise UserError(f"unknown renorm {self.renorm!r}. {nearest(self.renorm, RENORMS)}")
-        if not 0 <= self.interval[0] < self.interval[1] <= 1:
+        numbers = [x for x in self.interval if isinstance(x, (int, float))]
+        if not len(self.interval) == len(numbers) == 2 or not 0 <= numbers[0] < numbers[1] <= 1:
             raise UserError(f"the guidance interval is {tuple(self.interval)}; it must be (low, high) with 0 <= low < high <= 1, where t = 1 is noise")
 
 RENORMS = {"global": (1, 2), "channel": (2,), "text_channel": (2,)}     # dimensions of [b, L, C] that a length is taken over
@@ -315,9 +352,7 @@ class Drawing:
     think: bool = False         # write a thought before the picture
 
     def __post_init__(self):
-        for f in fields(self):
-            v, kind = getattr(self, f.name), type(f.default)
-            if type(v) is not kind and (kind, type(v)) != (float, int): raise UserError(f"drawing.{f.name} is {v!r}; it must be of type {kind.__name__}")
+        check_types(self, "drawing")
         if self.estimator not in ESTIMATORS: raise UserError(f"unknown estimator {self.estimator!r}. {nearest(self.estimator, ESTIMATORS)}")
 
 class Estimator(NamedTuple):
@@ -390,6 +425,13 @@ class GroupDecoder:
         return out
 
 # %% ../../nbs/22_policies.bagel.ipynb #policy
+def check_picture(image, where: str) -> None:
+    "Refuse what is not a picture."
+    shape = tuple(getattr(image, "shape", ()))
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and len(shape) == 3 and shape[2] == 3 and min(shape) > 0: return
+    raise UserError(f"{where}: a picture must be a numpy array [height, width, 3] of uint8, got {type(image).__name__} {list(shape)} "
+                    f"of {getattr(image, 'dtype', 'no type')}. From a file: np.asarray(Image.open(file).convert('RGB'))")
+
 class BagelPolicy(Policy):
     "BAGEL: answers, pictures, edits, and thoughts before pictures."
     tasks = ("generate", "answer", "edit", "joint")
@@ -402,8 +444,10 @@ class BagelPolicy(Policy):
         super().__init__()
         self.model, self.vae, self.tokenizer, self.config, self.name = net, vae, tokenizer, config, name
         top = config["config"]
-        self.drawing = Drawing(**top.get("drawing", {}))
-        self.guidance = GUIDANCE | {k: Guidance(**g) for k, g in top.get("guidance", {}).items()}
+        self.drawing, given = from_section(Drawing, top.get("drawing", {}), "drawing"), top.get("guidance", {})
+        for k in given:
+            if k not in GUIDANCE: raise UserError(f"config.json: guidance of {k!r}, which is nothing that is drawn. {nearest(k, GUIDANCE)}")
+        self.guidance = GUIDANCE | {k: from_section(Guidance, g, f"guidance.{k}") for k, g in given.items()}
         self.think_prompt, self.latent_patch = top.get("think_prompt", THINK), top.get("latent_patch_size", 2)
         scale = top.get("vae_config") or {}
         self.vae_scale, self.vae_shift = scale.get("scale_factor", 0.3611), scale.get("shift_factor", 0.1159)
@@ -421,8 +465,7 @@ class BagelPolicy(Policy):
         from safetensors.torch import load_file
         from transformers import AutoTokenizer, PretrainedConfig
         folder = Path(folder)
-        config, shapes = read_config(folder), [file_shapes(folder/f) for f in FILES]
-        net, vae = build(config, *shapes)
+        config, shapes, net, vae = open_folder(folder)
         wants = net.state_dict(), vae_state(vae)
         for file, want, have in zip(FILES, wants, shapes): check_keys({k: w.shape for k, w in want.items()}, have, str(folder/file))
         cast = lambda w: w if dtype is None else w.to(dtype)
@@ -430,7 +473,12 @@ class BagelPolicy(Policy):
         weights, levels = load_file(folder/FILES[1]), len(vae.config.block_out_channels)
         vae.load_state_dict({k: cast(weights[vae_name(k, levels)].view(w.shape)) for k, w in vae.state_dict().items()}, assign=True)
         vae.requires_grad_(False)
-        return cls(net, vae, AutoTokenizer.from_pretrained(folder, config=PretrainedConfig()), config, name or folder.name)
+        try: tokenizer = AutoTokenizer.from_pretrained(folder, config=PretrainedConfig())
+        except Exception as e:
+            raise UserError(f"{folder}: the tokenizer cannot be read ({type(e).__name__}). It needs tokenizer.json (or vocab.json and "
+                            "merges.txt) and tokenizer_config.json: is one missing or damaged?") from e
+        try: return cls(net, vae, tokenizer, config, name or folder.name)
+        except UserError as e: raise UserError(f"{folder}: {e}") from None
 
     def save_pretrained(self, folder: str | Path) -> None:
         "Write BAGEL's own layout, LoRA merged in."
@@ -471,7 +519,6 @@ class BagelPolicy(Policy):
     def _fit(self, image: np.ndarray, name: str, stride: int) -> tuple:
         "(h, w) that a picture is resized to: sides within the transform's limits and multiples of `stride`."
         most, least = self.config["config"].get(f"{name}_transform", dict(vae=(1024, 512), vit=(980, 224))[name])
-        if image.ndim != 3 or image.shape[2] != 3 or min(image.shape) < 1: raise UserError(f"a picture must be [height, width, 3], got {image.shape}")
         h, w = image.shape[:2]
         scale = max(min(most / max(h, w), 1.0), least / min(h, w))
         snap = lambda x, s: max(stride, round(round(x * s) / stride) * stride)
@@ -540,7 +587,7 @@ class BagelPolicy(Policy):
             h, w = self._fit(p.image, "vae", self.unit)
         else: h = w = size or self.drawing.size or self.config["config"].get("image_size", 1024)
         side = math.isqrt(len(self.net.latent_pos_embed.pos_embed))
-        if h % self.unit or w % self.unit or max(h, w) > side * self.unit:
+        if h % self.unit or w % self.unit or min(h, w) < self.unit or max(h, w) > side * self.unit:
             raise UserError(f"pictures of {h} x {w} pixels do not fit: sides must be multiples of {self.unit}, at most {side * self.unit}")
         return h // self.unit, w // self.unit
 
@@ -663,6 +710,12 @@ class BagelPolicy(Policy):
         if which: self._write(out, which, self._look([prompts[i].image for i in which], vae=False), False, talk)
         return out
 
+    def check_tasks(self, prompts):
+        "Refuse tasks the policy cannot do and prompts whose pictures are none, before any work is done."
+        super().check_tasks(prompts)
+        for p in prompts:
+            if p.image is not None: check_picture(p.image, f"prompt {p.id!r}")
+
     def _with(self, drawing: dict) -> Drawing:
         super().check_drawing(drawing)
         return replace(self.drawing, **drawing)
@@ -762,6 +815,8 @@ class BagelPolicy(Policy):
     def encode(self, prompts, texts, images):
         "Given pictures and texts as actions; a picture is scored by the forward estimator, a text beside it is the thought."
         self.check_tasks(prompts)
+        for p, im in zip(prompts, images):
+            if im is not None: check_picture(im, f"the picture given for prompt {p.id!r}")
         seed, out = int(torch.randint(2**62, ())), Rollout(prompts, 1, [], list(texts), list(images))
         tokens = [None if t is None else self.tokenizer(t, add_special_tokens=False)["input_ids"] + [self.ids["eos"]] for t in texts]
         jobs = {}

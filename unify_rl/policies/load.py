@@ -53,7 +53,7 @@ def tensor_shapes(folder: Path, names: tuple = ()) -> dict:
     shapes = {}
     for file in weight_files(folder, names):
         try:
-            with safe_open(file, "pt") as f: shapes |= {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
+            with safe_open(file, "np") as f: shapes |= {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
         except (SafetensorError, OSError) as e:
             raise UserError(f"{file} is damaged or cut short: {e}. Copy or download it again") from None
     return shapes
