@@ -49,7 +49,7 @@ def test_advantage_and_objective_take_these_settings():
     adv = advantages(torch.tensor([[1., 0, 1, 0]], dtype=torch.float64), torch.ones(1), 2, **vars(c.advantage))
     o = vars(c.objective) | {"updates": None}
     weights = token_weights(torch.ones(4, 3, dtype=torch.bool), o.pop("average"))
-    for k in ("updates", "betas", "exact", "further"): o.pop(k)
+    for k in ("updates", "betas", "exact", "further", "teacher", "teacher_layer"): o.pop(k)
     loss, _ = objective(x, x, x, weights, adv.adv_B.float(), **o)
     assert loss.isfinite()
 

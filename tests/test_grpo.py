@@ -83,7 +83,7 @@ def test_advantages_equal_trls_formula_with_missing_rewards(trl):
 
 # Properties of advantages, for every combination of switches
 
-SWITCHES = [dict(normalize=n, baseline=b, scale=s) for n in OPTIONS["normalize"] for b in OPTIONS["baseline"] for s in OPTIONS["scale"]]
+SWITCHES = [dict(normalize=n, baseline=b, scale=s) for n in OPTIONS["normalize"] for b in OPTIONS["baseline"] for s in OPTIONS["scale"] if b != "none"]
 every_switch = pytest.mark.parametrize("switches", SWITCHES, ids=lambda s: "-".join(s.values()))
 WEIGHTS = torch.tensor([1.0, 0.5, 2.0])
 
@@ -216,7 +216,7 @@ S, W = torch.rand(2, 8), torch.ones(2)
     ((S, 0 * W, 4), {}, "no reward of non-zero weight applies to prompt 0"),
     ((S, W, 4, torch.tensor([[True] * 4 + [False] * 4] * 2)), {}, "applies to prompt 1"),
     ((S, W, 4), dict(normalize="eech"), "Did you mean 'each'"),
-    ((S, W, 4), dict(baseline="loo"), "Known: leave_one_out, mean"),
+    ((S, W, 4), dict(baseline="loo"), "Known: leave_one_out, mean, none"),
     ((S, W, 4), dict(scale=None), "Known: none, std"),
     ((S, W, 4), dict(eps=0), "eps"),
     ((S, W, 4), dict(eps=NAN), "eps"),

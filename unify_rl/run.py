@@ -278,7 +278,7 @@ def _prepare(cfg: Config, resume: bool, prompts: list | None, rewards: list | No
     for name in cfg.evaluate.suites: load_suite(name, cfg.evaluate.prompts)
     reward_list, weights_R = _load_rewards(cfg, rewards)
     stream = PromptStream(_load_prompts(cfg, prompts), cfg.data.tasks, cfg.seed)
-    for pool in stream.pools.values(): check_prompts(pool, reward_list)
+    check_prompts([p for pool in stream.pools.values() for p in pool], reward_list)
     policy = load_policy(cfg.policy)
     policy.check_tasks([pool[0] for pool in stream.pools.values()])
     for drawing in (cfg.rollout.drawing, cfg.evaluate.drawing): policy.check_drawing(drawing)

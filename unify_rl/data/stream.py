@@ -10,11 +10,12 @@ from functools import lru_cache
 import numpy as np
 
 from ..core import Prompt, UserError, nearest, rng_for
-from ..world.prompts import draw_prompts, edit_prompts
-from ..world.questions import question_prompts
+from ..world.prompts import captioned, draw_prompts, edit_prompts
+from ..world.questions import question_prompts, reply
+from ..world.scenes import World, render_batch
 
 # %% auto #0
-__all__ = ['SOURCES', 'PromptStream', 'dict_count', 'shapes_prompts', 'load_prompts']
+__all__ = ['SOURCES', 'OUTPUTS', 'PromptStream', 'dict_count', 'shapes_prompts', 'load_prompts', 'shapes_outputs', 'own_outputs']
 
 # %% ../../nbs/40_data.stream.ipynb #stream
 class PromptStream:
@@ -75,3 +76,22 @@ def load_prompts(
     "The prompts of a source."
     if source not in SOURCES: raise UserError(f"unknown data source {source!r}. {nearest(source, SOURCES)}")
     return SOURCES[source](split, tasks, path)
+
+# %% ../../nbs/40_data.stream.ipynb #given
+def shapes_outputs(prompts: list[Prompt], rng: np.random.Generator, wrong: float = 0.5, terse: float = 0.8) -> tuple[list, list]:
+    "(texts, images) for prompts of the shapes world, of which a share is wrong or terse."
+    world, drawn = World(), [p for p in prompts if p.task == "generate"]
+    made = iter(render_batch(captioned(drawn, world, rng, wrong), world) if drawn else ())
+    edited = lambda p: p.image if rng.random() < wrong else p.reference
+    images = [next(made) if p.task == "generate" else edited(p) if p.task == "edit" else None for p in prompts]
+    how = ["terse" if rng.random() < terse else "focused" for _ in prompts]
+    return [reply(p, world, h) if p.task == "answer" else None for p, h in zip(prompts, how)], images
+
+def own_outputs(prompts: list[Prompt], rng: np.random.Generator) -> tuple[list, list]:
+    "(texts, images) that prompts bring along."
+    for p in prompts:
+        if (p.answer if p.task == "answer" else p.reference) is None:
+            raise UserError(f"prompt {p.id!r} has no {'answer' if p.task == 'answer' else 'reference'}, so nothing can be learned from it as given")
+    return [p.answer if p.task in ("answer", "joint") else None for p in prompts], [None if p.task == "answer" else p.reference for p in prompts]
+
+OUTPUTS = {"shapes": shapes_outputs}        # source -> (prompts, rng) -> (texts, images); other sources: `own_outputs`

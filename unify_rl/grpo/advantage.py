@@ -21,7 +21,7 @@ SAME = 1e-6     # rewards of a group that agree to this relative precision are o
 def normalize_groups(
     x_NG: Tensor,               # [..., N, G] rewards
     keep_NG: Tensor,            # [..., N, G] bool: which samples count
-    baseline: str = "mean",     # 'mean' of the group, or 'leave_one_out': of the other samples
+    baseline: str = "mean",     # 'mean' of the group, 'leave_one_out': of the other samples, or 'none'
     scale: str = "std",         # divide by the group's 'std', or 'none'
     eps: float = 1e-8,          # added to the standard deviation
 ) -> tuple:                     # (advantages [..., N, G], mean, std, dead [..., N])
@@ -32,6 +32,7 @@ def normalize_groups(
     dev_NG = (x_NG - mean).where(keep_NG, 0.0)
     std = (dev_NG.square().sum(-1, keepdim=True) / (n - 1).clamp(min=1)).sqrt()
     dead = std <= SAME * x_NG.abs().amax(-1, keepdim=True)
+    if baseline == "none": dev_NG, dead = x_NG, torch.zeros_like(dead)
     if baseline == "leave_one_out": dev_NG = dev_NG * n / (n - 1).clamp(min=1)
     if scale == "std": dev_NG = dev_NG / (std + eps)
     return dev_NG.masked_fill(dead, 0.0), mean.squeeze(-1), std.squeeze(-1), dead.squeeze(-1)
@@ -47,7 +48,7 @@ class Advantages:
     std_N: Tensor       # [N] their standard deviation (n-1)
     dead_N: Tensor      # [N] bool: no spread, so nothing to learn from this group
 
-OPTIONS = dict(normalize=("total", "each"), baseline=("mean", "leave_one_out"), scale=("std", "none"))
+OPTIONS = dict(normalize=("total", "each"), baseline=("mean", "leave_one_out", "none"), scale=("std", "none"))
 
 # %% ../../nbs/02_grpo.advantage.ipynb #check
 def _check_settings(group_size, eps, **options):
@@ -55,7 +56,9 @@ def _check_settings(group_size, eps, **options):
     for name, value in options.items():
         if value not in OPTIONS[name]:
             raise UserError(f"advantages: unknown {name} {value!r}. {nearest(str(value), OPTIONS[name])}")
-    if group_size < 2:
+    if options["baseline"] == "none" and options["scale"] != "none":
+        raise UserError("advantages: with baseline 'none' a reward is taken as it is, so scale must be 'none' too.")
+    if group_size < 1 or (group_size < 2 and options["baseline"] != "none"):
         raise UserError(f"group_size is {group_size}: an output is compared with the others of its prompt, so it needs some. "
                         "Raise group_size to 2 or more (the papers use 2 to 16).")
     if not eps > 0: raise UserError(f"eps is {eps}: it guards a division, so it must be above 0 (LVRPO: 1e-8).")
@@ -87,7 +90,7 @@ def advantages(
     applies_RB: Tensor | None = None,   # [R, B] bool: where a reward applies (None: everywhere)
     weight_B: Tensor | None = None,     # [B] pair weight, multiplies the advantage (None: 1)
     normalize: str = "total",           # normalise the weighted 'total', or 'each' reward before weighting
-    baseline: str = "mean",             # 'mean' of the group or 'leave_one_out'
+    baseline: str = "mean",             # 'mean' of the group, 'leave_one_out' or 'none'
     scale: str = "std",                 # divide by the group's 'std', or 'none'
     eps: float = 1e-8,                  # LVRPO's; the CoRL authors and TRL use 1e-4
 ) -> Advantages:                        # adv_B and what it was made of

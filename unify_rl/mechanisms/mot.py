@@ -134,12 +134,14 @@ class MoTBody(nn.Module):
         pos_bT: Tensor,             # rotary positions
         attend_for: Callable,       # layer number -> attend(q, k, v)
         remat: bool = False,        # recompute activations in the backward pass
+        keep: dict | None = None,   # layer number -> its output [b, T, D]: filled in for the numbers it has
     ) -> Tensor:                    # [b, T, D] final hidden states
         "All layers and the final norm."
         x, (cos, sin) = route.sort(x_bTD), rope(pos_bT, self.layers[0].self_attn.head_dim, self.theta)
         for i, layer in enumerate(self.layers):
             args = x, route, cos, sin, attend_for(i)
             x = checkpoint(layer, *args, use_reentrant=False) if remat else layer(*args)
+            if keep is not None and i in keep: keep[i] = route.unsort(x)
         return route.unsort(twins(self, "norm", x, route.n_und))
 
 # %% ../../nbs/12_mechanisms.mot.ipynb #balance

@@ -436,7 +436,7 @@ class BagelPolicy(Policy):
     "BAGEL: answers, pictures, edits, and thoughts before pictures."
     tasks = ("generate", "answer", "edit", "joint")
     trains = ("language_model", "vae2llm", "llm2vae", "time_embedder")
-    further, knows_kl = ("balance",), ("image",)
+    further, knows_kl = ("balance", "repa"), ("image",)
     draws_with, tests_with = tuple(f.name for f in fields(Drawing)), dict(estimator="none")
     lora_targets = tuple(p + s for p in ("q_proj", "k_proj", "v_proj", "o_proj") for s in ("", GEN)) + ("gate_proj", "up_proj", "down_proj")
 
@@ -455,7 +455,7 @@ class BagelPolicy(Policy):
         ids = {k: tokenizer.convert_tokens_to_ids(v) for k, v in SPECIALS.items()}
         lost = [SPECIALS[k] for k, v in ids.items() if v is None or v == tokenizer.unk_token_id]
         if lost: raise UserError(f"the tokenizer has no {lost[0]!r}: is it BAGEL's?")
-        self.ids = ids
+        self.ids, self.teacher = ids, None
         self.eval()
 
     # -- files
@@ -514,6 +514,16 @@ class BagelPolicy(Policy):
         "Replace the two feed-forward experts of every layer by learned-routed copies (see the lesson on Mixture-of-Transformers)."
         for layer in self.body.layers: upcycle(layer, experts, top_k, noise=noise)
         self.config = self.config | dict(config=self.config["config"] | dict(experts=experts, top_k=top_k))
+
+    def learn_from(self, teacher: Callable, layer: int) -> None:
+        layers, D, C = len(self.body.layers), self.config["llm_config"]["hidden_size"], teacher([np.zeros((32, 32, 3), np.uint8)]).shape[-1]
+        if not 0 <= layer < layers: raise UserError(f"there is no layer {layer}: {self.name} has layers 0 ... {layers - 1}")
+        self.teacher, self.teacher_layer = teacher, layer
+        self.projector, self.helpers = nn.Sequential(nn.Linear(D, 2 * D), nn.SiLU(), nn.Linear(2 * D, C)).to(self.device), ("projector",)
+
+    def prepare(self, rollout):
+        for part in rollout.parts:
+            if self.teacher and part.kind == "image": part.targets["features"] = self.teacher([rollout.images[b] for b in part.rows.tolist()]).to(self.device)
 
     # -- pictures
     def _fit(self, image: np.ndarray, name: str, stride: int) -> tuple:
@@ -657,7 +667,7 @@ class BagelPolicy(Policy):
         L = range(len(body.layers))
         return Prefix([keys[i] for i in L], [values[i] for i in L], keep, length, hidden[torch.arange(n), last])
 
-    def _continue(self, prefix: Prefix, index_b: Tensor, x_bTD: Tensor, pos_bT: Tensor, route, own: Tensor) -> Tensor:
+    def _continue(self, prefix: Prefix, index_b: Tensor, x_bTD: Tensor, pos_bT: Tensor, route, own: Tensor, keep: dict | None = None) -> Tensor:
         "[b, T, D] final hidden states of tokens behind their prompts; `own` [T, T] says who of them sees whom."
         b, T, _ = x_bTD.shape
         mask = prefix.mask_nP[index_b]
@@ -667,11 +677,11 @@ class BagelPolicy(Policy):
                 k, v = torch.cat([prefix.keys[i][index_b].to(k.dtype), k], 2), torch.cat([prefix.values[i][index_b].to(v.dtype), v], 2)
                 return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, enable_gqa=True)
             return attend
-        return self.body(x_bTD, route, pos_bT, attend_for, self.remat)
+        return self.body(x_bTD, route, pos_bT, attend_for, self.remat, keep)
 
     # -- the flow
-    def velocity(self, context: dict, index_b: Tensor, grid: tuple, cfg: float = 1.0, guidance: Guidance = Guidance()) -> Callable:
-        "`v(x_bLC, t_b)` for rows conditioned on contexts `index_b`; every context is run once, here."
+    def velocity(self, context: dict, index_b: Tensor, grid: tuple, cfg: float = 1.0, guidance: Guidance = Guidance(), heard: list | None = None) -> Callable:
+        "`v(x_bLC, t_b)` for rows conditioned on contexts `index_b`; every context is run once, here. `heard` collects the teacher's layer, [b, L, D] a call."
         b, L, place = len(index_b), math.prod(grid), self._places(grid)
         full = self.prefix(context)
         no_text = self.prefix(context, NO_TEXT) if cfg > 1 else None
@@ -679,13 +689,15 @@ class BagelPolicy(Policy):
         tags = self.body.embed_tokens(torch.tensor([self.ids["start"], self.ids["end"]], device=self.device))[:, None, None].expand(-1, b, 1, -1)
         drawn = torch.ones(b, L + 2, dtype=torch.bool, device=self.device); drawn[:, [0, -1]] = False
         route, own = make_route(drawn), torch.ones(L + 2, L + 2, dtype=torch.bool, device=self.device)
-        def one(prefix, tokens):
+        def one(prefix, tokens, keep=None):
             pos = prefix.length_n[index_b, None].expand(b, L + 2)
-            return self.net.llm2vae(self._continue(prefix, index_b, tokens, pos, route, own)[:, 1:-1])
+            return self.net.llm2vae(self._continue(prefix, index_b, tokens, pos, route, own, keep)[:, 1:-1])
         def v(x_bLC, t_b):
             tokens = self.net.latent_tokens(x_bLC, t_b, place)
             tokens = torch.cat([tags[0].to(tokens.dtype), tokens, tags[1].to(tokens.dtype)], 1)
-            out, on = one(full, tokens), (t_b > guidance.interval[0]) & (t_b <= guidance.interval[1])
+            keep = None if heard is None else {self.teacher_layer: None}
+            out, on = one(full, tokens, keep), (t_b > guidance.interval[0]) & (t_b <= guidance.interval[1])
+            if keep: heard.append(keep[self.teacher_layer][:, 1:-1])
             if cfg <= 1 or not bool(on.any()): return out
             guided = guide_velocity(out, one(no_text, tokens), None if no_image is None else one(no_image, tokens), cfg, guidance)
             return torch.where(on[:, None, None], guided, out)
@@ -786,7 +798,9 @@ class BagelPolicy(Policy):
         said = {}
         if part.kind == "text": logp = self._text_logp(part)
         else:
-            logp, said["location"] = self._image_logp(part)
+            heard = [] if "repa" in also else None
+            logp, said["location"] = self._image_logp(part, heard)
+            if heard: said["repa"] = self._repa(heard, part)
             if "kl" in also and "location" in part.targets:
                 said["kl"] = ESTIMATORS[part.settings["estimator"]].kl(said["location"], part.targets["location"], part)
         if "balance" in also: said["balance"] = router_stats(self.body)["balance"]
@@ -803,10 +817,18 @@ class BagelPolicy(Policy):
         s = part.settings
         return token_logp(states, self.net.language_model.lm_head, part.actions, None, 1.0, s.get("temperature", 1), s.get("top_p", 1), self.logp_chunk)
 
-    def _image_logp(self, part) -> tuple[Tensor, Tensor]:
+    def _repa(self, heard: list, part) -> Tensor:
+        "REPA (LVRPO Eq. 5): squared distance of projected hidden states from the teacher's features, as unit vectors."
+        h, w = part.settings["grid"]
+        side = math.isqrt(part.targets["features"].shape[1])
+        features = part.targets["features"].transpose(1, 2).unflatten(2, (side, -1))
+        want = F.normalize(F.adaptive_avg_pool2d(features, (h, w)).flatten(2).transpose(1, 2), dim=-1)
+        return torch.stack([(F.normalize(self.projector(x).float(), dim=-1) - want).square().sum(-1).mean() for x in heard]).mean()
+
+    def _image_logp(self, part, heard: list | None = None) -> tuple[Tensor, Tensor]:
         "Log-probabilities [b, T] and locations [b, T, ...]."
         s = part.settings
-        v = self.velocity(part.context, part.context_index, s["grid"], s["cfg"], Guidance(**s["guidance"]))
+        v = self.velocity(part.context, part.context_index, s["grid"], s["cfg"], Guidance(**s["guidance"]), heard)
         e = ESTIMATORS[s["estimator"]]
         where = e.locate(v, part)
         return e.logp(where, part), where

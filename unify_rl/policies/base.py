@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import contextmanager
+from typing import Callable
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ class Policy(nn.Module):
     tests_with: dict = {}              # how these stand in a test, where no actions need to be kept
     further: tuple = ()                # further losses that `forward` can say (`objective.further`)
     knows_kl: tuple = ()               # kinds of action whose KL to the reference it knows exactly (`objective.exact`)
+    helpers: tuple = ()                # modules beside the model that train with it and are not saved with it
     remat: bool = False                # recompute activations in the backward pass
     logp_chunk: int = 4096             # tokens whose logits exist at one time
 
@@ -58,6 +60,13 @@ class Policy(nn.Module):
             if k not in self.further: raise UserError(f"objective.further: {self.name} has no further loss {k!r}. {nearest(k, self.further)}")
         for k in exact:
             if k not in self.knows_kl: raise UserError(f"objective.exact: {self.name} can only estimate the KL of {k!r} actions. {nearest(k, self.knows_kl)}")
+
+    def learn_from(self, teacher: Callable, layer: int) -> None:
+        "Let the further loss 'repa' pull hidden states of `layer` towards a teacher's features: pictures -> [n, P, C]."
+        raise UserError(f"{self.name} has no hidden states of pictures for a teacher: leave out objective.further.repa")
+
+    def prepare(self, rollout: Rollout) -> None:
+        "Put into the parts' targets what further losses compare with; called once a rollout."
 
     def upcycle(self, experts: int = 8, top_k: int = 2) -> None:
         "Replace hard routing by a learned router, where there is routing."

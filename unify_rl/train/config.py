@@ -32,13 +32,14 @@ class DataConfig:
 class RolloutConfig:
     "how outputs are sampled"
     prompts: int = 16                           # prompts a step (N)
-    group_size: int = 8                         # outputs for each prompt (G); at least 2
+    group_size: int = 8                         # outputs for each prompt (G); at least 2, or 1 without a baseline
     temperature: float = 1.0                    # of sampling
     top_p: float = 1.0                          # sample from the smallest set of tokens with this probability; 1: all
     cfg: float = 1.0                            # guidance scale of pictures; 1: none
     logp: Literal["conditional", "guided"] = "conditional"    # log-probs of the conditional or of the guided distribution
     max_text: int = 64                          # tokens of an answer at most
     drawing: dict[str, Any] = field(default_factory=dict)     # the policy's own settings of drawing, e.g. {steps: 15, window: 2}
+    outputs: Literal["sampled", "given"] = "sampled"          # learn from the policy's own outputs, or from those of the data
 
 @dataclass
 class RewardConfig:
@@ -51,7 +52,7 @@ class RewardConfig:
 class AdvantageConfig:
     "how rewards become advantages"
     normalize: Literal["total", "each"] = "total"              # normalise the weighted sum, or each reward before summing
-    baseline: Literal["mean", "leave_one_out"] = "mean"        # what is subtracted: the group's mean, or that of the others
+    baseline: Literal["mean", "leave_one_out", "none"] = "mean"    # what is subtracted: the group's mean, that of the others, nothing
     scale: Literal["std", "none"] = "std"                      # divide by the group's standard deviation, or not
     eps: float = 1e-8                           # added to the standard deviation
 
@@ -65,6 +66,8 @@ class ObjectiveConfig:
     kl: Literal["k1", "k2", "k3"] = "k3"        # estimator of the KL
     exact: list[str] = field(default_factory=list)     # kinds of action whose KL is not estimated but known, e.g. [image]
     further: dict[str, float] = field(default_factory=dict)    # weights of the policy's further losses, e.g. {balance: 0.01}
+    teacher: str = "tiny-siglip"                # whose features the further loss 'repa' is about
+    teacher_layer: int = 1                      # and the layer that is pulled towards them, from 0
     average: Literal["token", "sequence", "group"] = "sequence"    # what counts equally in the loss
     updates: int = 1                            # optimizer steps on each rollout
 
@@ -225,13 +228,12 @@ AT_LEAST = {    # smallest value -> keys
         "optimizer.beta1", "optimizer.beta2", "optimizer.warmup", "model.lora_rank", "model.experts", "log.groups_every", "log.groups_max",
         "checkpoint.every", "evaluate.cfg"),
     1: ("steps", "rollout.prompts", "rollout.max_text", "objective.updates", "optimizer.micro_batch", "model.logp_chunk", "model.top_k",
-        "checkpoint.keep", "evaluate.prompts", "evaluate.batch"),
-    2: ("rollout.group_size",)}
+        "checkpoint.keep", "evaluate.prompts", "evaluate.batch", "rollout.group_size")}
 ABOVE_0 = ("rollout.temperature", "rollout.top_p", "advantage.eps", "optimizer.lr", "optimizer.grad_norm", "model.lora_alpha",
            "evaluate.temperature")
 BELOW_1 = ("optimizer.beta1", "optimizer.beta2")
 MAY_BE_INFINITE = ("objective.clip_low", "objective.clip_high", "optimizer.grad_norm")
-WHY = {"rollout.group_size": ": a group of one has no advantage, because its reward is its own mean"}
+WHY = {"rollout.group_size": ": a group of one has no advantage, because its reward is its own mean (advantage.baseline=none does without)"}
 
 def check(
     cfg: Config,
@@ -245,6 +247,9 @@ def check(
     for p in ABOVE_0: need(value[p] > 0, p, "above 0")
     for p in BELOW_1: need(value[p] < 1, p, "below 1")
     need(value["rollout.top_p"] <= 1, "rollout.top_p", "at most 1")
+    need(cfg.rollout.group_size > 1 or cfg.advantage.baseline == "none", "rollout.group_size", "at least 2")
+    need(cfg.advantage.scale == "none" or cfg.advantage.baseline != "none", "advantage.scale", "none, since advantage.baseline is none")
+    need(cfg.rollout.group_size == 1 or cfg.rollout.outputs == "sampled", "rollout.group_size", "1, since rollout.outputs=given has one output a prompt")
     for p, v in value.items(): need(v != math.inf or p in MAY_BE_INFINITE, p, "finite")
     for p in ("policy", "run_dir", "data.source"): need(value[p].strip(), p, "given")
     _check_tasks(cfg.data.tasks)

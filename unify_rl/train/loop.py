@@ -14,14 +14,16 @@ from collections import defaultdict
 from dataclasses import asdict
 from typing import Callable
 
+import numpy as np
 import torch
 
-from ..core import UserError, generator_for, seed_for
-from ..data.stream import PromptStream
+from ..core import Rollout, UserError, generator_for, rng_for
+from ..data.stream import OUTPUTS, PromptStream, own_outputs
 from ..grpo.advantage import Advantages, advantages
 from ..grpo.kl import kl_estimate
 from ..grpo.objective import objective, token_weights
 from ..policies.base import Policy
+from ..rewards.siglip import load_siglip
 from ..rewards.verifiable import score
 from .checkpoint import load_checkpoint, rng_state, save_checkpoint, set_rng_state
 from .config import Config
@@ -63,10 +65,12 @@ class Trainer:
         policy.remat, policy.logp_chunk = cfg.model.checkpoint_activations, cfg.model.logp_chunk
         policy.check_further(cfg.objective.further, cfg.objective.exact)
         if cfg.model.experts: policy.upcycle(cfg.model.experts, cfg.model.top_k)
+        if "repa" in cfg.objective.further: policy.learn_from(_features(cfg.objective.teacher, policy.device), cfg.objective.teacher_layer)
         if cfg.model.lora_rank: policy.add_lora(cfg.model.lora_rank, cfg.model.lora_alpha, cfg.model.lora_targets or policy.lora_targets)
         else: policy.train_only(cfg.model.train or list(policy.trains))
         self.betas = {kind: cfg.objective.betas.get(kind, cfg.objective.beta) for kind in ("text", "image")}
         if any(self.betas.values()): policy.keep_reference()
+        for name in policy.helpers: getattr(policy, name).requires_grad_(True)
         o = cfg.optimizer
         self.params = [p for p in policy.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(self.params, o.lr, betas=(o.beta1, o.beta2), weight_decay=o.weight_decay)
@@ -84,16 +88,15 @@ class Trainer:
         prompts = self.stream.batch(self.done, cfg.rollout.prompts)[acc.process_index::acc.num_processes]
         generator = generator_for(cfg.seed, "rollout", self.done, acc.process_index, device=self.policy.device.type)
         with phase(clock, "sample"), acc.autocast():
-            r = cfg.rollout
-            rollout = self.policy.sample(prompts, r.group_size, generator, temperature=r.temperature, top_p=r.top_p, cfg=r.cfg, logp=r.logp,
-                                         max_text=r.max_text, **r.drawing)
+            rollout = dict(sampled=self._sample, given=self._given)[cfg.rollout.outputs](prompts, generator)
+            if cfg.objective.further: self.policy.prepare(rollout)
             if len({b for p in rollout.parts for b in p.rows.tolist()}) < len(rollout):
                 raise UserError(f"{self.policy.name} kept no actions of some outputs, so there is nothing to learn from; "
-                                f"is rollout.drawing {r.drawing} meant for tests?")
+                                f"is rollout.drawing {cfg.rollout.drawing} meant for tests?")
         with phase(clock, "score"):
             prompts_B = [rollout.prompt(b) for b in range(len(rollout))]
             table = score(self.rewards, prompts_B, rollout, cfg.on_error)
-            adv = advantages(table.scores_RB, self.weights_R, r.group_size, table.applies_RB, torch.tensor([p.weight for p in prompts_B]), **asdict(cfg.advantage))
+            adv = advantages(table.scores_RB, self.weights_R, rollout.group_size, table.applies_RB, torch.tensor([p.weight for p in prompts_B]), **asdict(cfg.advantage))
         with phase(clock, "reference"): self._score_reference([p for p in rollout.parts if self.betas[p.kind]])
         with phase(clock, "update"): stats, rows = self._update(rollout.parts, adv)
         self.done += 1
@@ -101,6 +104,17 @@ class Trainer:
         if cfg.log.groups_every and (self.done == 1 or self.done % cfg.log.groups_every == 0) and acc.is_main_process:
             self._log_groups(rollout, table, adv, rows)
         return metrics
+
+    def _sample(self, prompts: list, generator) -> Rollout:
+        r = self.cfg.rollout
+        return self.policy.sample(prompts, r.group_size, generator, temperature=r.temperature, top_p=r.top_p, cfg=r.cfg, logp=r.logp,
+                                  max_text=r.max_text, **r.drawing)
+
+    def _given(self, prompts: list, generator) -> Rollout:
+        "The data's outputs; noise of their own, if they need any, comes from torch's seed, so that a step is repeatable."
+        make = OUTPUTS.get(self.cfg.data.source, own_outputs)
+        torch.manual_seed(generator.initial_seed() % 2**63)
+        return self.policy.encode(prompts, *make(prompts, rng_for(self.cfg.seed, "given", self.done, self.accelerator.process_index)))
 
     @torch.no_grad()
     def _score_reference(self, parts: list) -> None:
@@ -118,7 +132,7 @@ class Trainer:
         cfg, acc = self.cfg, self.accelerator
         weights, stats, rows = part_weights(parts, adv.valid_B, cfg.objective.average), defaultdict(float), {}
         o, further = asdict(cfg.objective), cfg.objective.further
-        updates = [o.pop(k) for k in ("average", "betas", "exact", "further", "updates")][-1]
+        updates = [o.pop(k) for k in ("average", "betas", "exact", "further", "teacher", "teacher_layer", "updates")][-1]
         for _ in range(updates):
             jobs = [(p, w, i) for p, w in zip(parts, weights) for i in self._useful(p, adv).split(cfg.optimizer.micro_batch) if len(i)]
             for k, (part, w, i) in enumerate(jobs):
@@ -226,10 +240,17 @@ def phase(clock: dict, name: str):
     try: yield
     finally: clock[name] += time.perf_counter() - start
 
+def _features(name: str, device) -> Callable:
+    "A frozen SigLIP's patch features of pictures, [n, P, C]."
+    siglip = load_siglip(name, device=str(device)).requires_grad_(False)
+    @torch.no_grad()
+    def features(images): return siglip.tokens(np.stack(images))
+    return features
+
 def _per_sample(part, logp_BT, kl_BT, o) -> dict:
     "Clip fraction and KL of each row, by sample number."
     n = part.mask.sum(-1).clamp(min=1)
-    ratio = (logp_BT - part.logp_old).exp()
+    ratio = (logp_BT - (logp_BT if part.logp_old is None else part.logp_old)).exp()
     clip = (((ratio > 1 + o.clip_high) | (ratio < 1 - o.clip_low)) & part.mask).sum(-1) / n
     if kl_BT is None and part.logp_ref is not None: kl_BT = kl_estimate(logp_BT, part.logp_ref, o.kl)
     kl = torch.full_like(clip, math.nan) if kl_BT is None else (kl_BT.detach() * part.mask).sum(-1) / n
