@@ -91,7 +91,7 @@ def joint_batch(policy: BagelPolicy, world: World, rng: np.random.Generator, dra
 # %% ../../nbs/56_train.pretrain_bagel.ipynb #all
 def _tiny_bagel(out: Path, seed: int, work: Path, steps, vq_steps, stages, track) -> Path:
     world, policy = World(), new_bagel(vocabulary(), seed=seed_for(seed, "tiny-bagel") % 2**31)
-    stages, vae_steps, steps = stages or ("vae", "lm", "questions"), vq_steps or 800, steps or 2400
+    stages, vae_steps, steps = stages or ("vae", "lm", "questions"), vq_steps or 800, steps or 4000
     tell = lambda stage, total: (lambda s, l: track(stage, s, total, l)) if track else None
     if "vae" in stages and not any((work / "vae").glob("step-*")):
         train_vae(policy, world, seed, vae_steps, track=tell("vae", vae_steps))
