@@ -207,6 +207,27 @@ def test_every_packaged_recipe_resolves_and_reads_back(name):
         cfg = load_config(name, policy)
         assert from_dict(Config, yaml.safe_load(to_yaml(cfg))) == cfg and cfg.rewards and "{" not in cfg.run_dir
 
+def test_the_lvrpo_recipe():
+    "Table 7 of the paper for the full-size policy; the exact KL of forward draws, and few-step clipping, for both."
+    full, tiny = load_config("lvrpo", "ByteDance-Seed/BAGEL-7B-MoT"), load_config("lvrpo")
+    o = full.optimizer
+    assert (o.lr, o.weight_decay, o.grad_norm, o.warmup, o.schedule, full.steps) == (5e-6, .05, 1.0, 100, "cosine", 5000)
+    assert full.rollout.prompts * full.rollout.group_size == 256
+    assert (tiny.policy, tiny.rollout.group_size) == ("tiny-bagel", 8)
+    for c in (full, tiny):
+        assert (c.objective.exact, c.objective.clip_low, c.objective.clip_high, c.objective.beta) == (["image"], .05, .05, .01)
+        assert c.rollout.drawing["estimator"] == "forward" and c.evaluate.drawing == {}
+        assert set(c.data.tasks) == {"generate", "edit", "answer"}
+        assert [r.name for r in c.rewards] == ["semantic", "constraints", "knowledge", "accuracy", "format"]
+
+def test_the_repa_recipe():
+    "Supervised: given outputs, each worth 1, and no baseline; REPA's teacher follows the policy."
+    full, tiny = load_config("repa", "ByteDance-Seed/BAGEL-7B-MoT"), load_config("repa")
+    for c in (full, tiny):
+        assert (c.rollout.outputs, c.rollout.group_size, c.advantage.baseline, c.advantage.scale) == ("given", 1, "none", "none")
+        assert {r.name: r.weight for r in c.rewards} == {"given": 1.0, "strict": 0.0, "accuracy": 0.0} and c.objective.further == {"repa": .5}
+    assert (tiny.objective.teacher, full.objective.teacher) == ("tiny-siglip", "timm/ViT-SO400M-16-SigLIP2-384")
+
 def test_the_grpo_recipe():
     cfg = load_config("grpo")
     assert {r.name: r.weight for r in cfg.rewards} == {"constraints": .5, "strict": .5, "accuracy": 1.0, "format": .1}

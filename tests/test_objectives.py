@@ -1,13 +1,17 @@
 """What a recipe may ask of a policy beside log-probabilities: exact KL, router balance, a teacher's features; and given outputs."""
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
 
 import unify_rl
-from unify_rl.core import UserError, generator_for
+from unify_rl.core import Rollout, UserError, generator_for
 from unify_rl.grpo.objective import objective, token_weights
 from unify_rl.policies.bagel import new_bagel
+from unify_rl.rewards.siglip import load_siglip
+from unify_rl.rewards.verifiable import build_rewards
 from unify_rl.train.config import load_config
 from unify_rl.train.pretrain import vocabulary
 from unify_rl.world.prompts import draw_prompts, edit_prompts
@@ -152,3 +156,36 @@ def test_layers_that_do_not_exist(folder, tmp_path):
         unify_rl.train("repa", folder, run_dir=str(tmp_path / "run"), steps=1, objective={"teacher_layer": 9}, **NO_TEST)
     with pytest.raises(UserError, match="no experts to route to"):
         unify_rl.train("grpo", "tiny-janus", run_dir=str(tmp_path / "run"), steps=1, model={"experts": 4}, **NO_TEST)
+
+
+# -- a referee that learns along -----------------------------------------------------------------------------------
+
+LEARNS = [{"name": "semantic", "settings": {"form": "mean", "learn": 3e-4}}]
+SHORT = {"prompts": 3, "group_size": 2, "drawing": {"estimator": "forward", "steps": 3}}
+
+def weights_of(siglip): return torch.cat([p.flatten() for p in siglip.parameters()]).clone()
+
+def test_a_referee_that_learns_leaves_the_shared_one_alone_and_resumes(folder, tmp_path):
+    shared = load_siglip("tiny-siglip")
+    before = weights_of(shared)
+    same = dict(data={"tasks": {"generate": 1.0}}, rollout=SHORT, overrides=[f"rewards={json.dumps(LEARNS)}"], **NO_TEST)
+    whole = unify_rl.train("grpo", folder, steps=4, run_dir=str(tmp_path / "whole"), **same)
+    half = unify_rl.train("grpo", folder, steps=2, run_dir=str(tmp_path / "half"), **same)
+    rest = unify_rl.train("grpo", folder, resume=True, overrides=["steps=4", f"run_dir={half.dir}"], progress=False)
+    for name in ("objective/semantic_loss", "reward/semantic", "objective/loss"):
+        assert list(rest.metrics[name]) == list(whole.metrics[name])
+    assert len(set(whole.metrics["objective/semantic_loss"])) == 4
+    assert torch.equal(before, weights_of(shared)) and not any(p.grad is not None for p in shared.parameters())
+
+def test_a_learning_referee_comes_to_like_what_it_is_shown():
+    reward, wrong = build_rewards(LEARNS)[0][0], draw_prompts("train", 6, seed=1)
+    images = [np.full((24, 24, 3), 20 * b, np.uint8) for b in range(6)]
+    shown = Rollout(wrong, 1, [], [None] * 6, images)
+    first = reward(wrong, shown).values.mean()
+    for _ in range(25): reward.learner.learn(wrong, shown)
+    assert reward(wrong, shown).values.mean() > first + .2
+    assert reward.learner.learn(wrong, Rollout(wrong, 1, [], [None] * 6, [None] * 6)) == {}
+
+@pytest.mark.parametrize("rate", [-1e-4, math.inf, math.nan, True])
+def test_a_referees_learning_rate_is_a_rate(rate):
+    with pytest.raises(UserError, match="is no learning rate"): build_rewards([{"name": "semantic", "settings": {"learn": rate}}])

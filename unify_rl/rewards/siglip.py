@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections import OrderedDict
+from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
 from typing import Callable
@@ -23,8 +24,8 @@ from .verifiable import Reward
 # %% auto #0
 __all__ = ['TRUNKS', 'PATHS', 'SPATIAL', 'ABOUT', 'BREAKS', 'NOT', 'FORMS', 'NO_PHRASES', 'REWARDS', 'register_trunks',
            'tiny_config', 'write_words', 'new_siglip', 'patch_vectors', 'Siglip', 'find_siglip', 'load_siglip',
-           'extract_phrases', 'phrases_of', 'dense_scores', 'Referee', 'referee', 'siglip_reward', 'semantic',
-           'grounding', 'heat_maps', 'show_heat_maps']
+           'extract_phrases', 'phrases_of', 'dense_scores', 'Referee', 'referee', 'siglip_reward', 'RefereeLearner',
+           'semantic', 'grounding', 'heat_maps', 'show_heat_maps']
 
 # %% ../../nbs/31_rewards.siglip.ipynb #new
 TRUNKS = {"vit_shapes_24": dict(img_size=24, patch_size=4, embed_dim=96, depth=3, num_heads=4, mlp_ratio=2.0)}
@@ -264,7 +265,7 @@ def referee(name: str, pretrained: str = "", device: str = "cpu") -> Referee:
 # %% ../../nbs/31_rewards.siglip.ipynb #reward
 FORMS = ("dense", "global", "mean")
 
-def siglip_reward(name: str, judge: Referee, form: str = "dense", path: str = "value+mlp") -> Reward:
+def siglip_reward(name: str, judge: Referee, form: str = "dense", path: str = "value+mlp", learner=None) -> Reward:
     "LVRPO's semantic reward by a given referee: dense (L6), global (L5), or the mean of both."
     if form not in FORMS: raise UserError(f"reward {name!r}: unknown form {form!r}. {nearest(form, FORMS)}")
     if path not in PATHS: raise UserError(f"reward {name!r}: unknown path {path!r}. {nearest(path, PATHS)}")
@@ -283,7 +284,7 @@ def siglip_reward(name: str, judge: Referee, form: str = "dense", path: str = "v
             values[rows] = got.double().cpu().numpy()
             for b, w in zip(rows, why): reasons[b] = w
         return Scores(values, reasons)
-    return Reward(name, ask, ("generate", "joint"), cost="model")
+    return Reward(name, ask, ("generate", "joint"), cost="model", learner=learner)
 
 def _grounding(judge: Referee, tokens_BPC: Tensor, prompts: list, path: str) -> tuple:
     "([b] dense scores, what was found in words) of pictures of one size."
@@ -300,9 +301,40 @@ def _grounding(judge: Referee, tokens_BPC: Tensor, prompts: list, path: str) -> 
 
 NO_PHRASES = "skipped: the prompt has no key phrases, and its text yields none"
 
-def semantic(eyes, model: str = "tiny-siglip", form: str = "dense", path: str = "value+mlp", pretrained: str = "", device: str = "cpu") -> Reward:
-    "The reward `semantic` of a recipe."
-    return siglip_reward("semantic", referee(model, pretrained, device), form, path)
+class RefereeLearner:
+    "Fine-tunes a referee on the policy's own pictures, one step of SigLIP's loss a call: what Figure 4 of LVRPO warns of."
+    def __init__(self, judge: Referee, lr: float):
+        self.judge = judge
+        self.optimizer = torch.optim.AdamW(judge.siglip.requires_grad_(True).parameters(), lr, weight_decay=0.0)
+
+    def learn(self, prompts_B: list, rollout: Rollout) -> dict:
+        "One step on (picture, prompt) pairs; a picture's other prompts are the batch's. Returns {'loss': ...}."
+        texts = list(dict.fromkeys(p.text for p in prompts_B))
+        text_TD, scale, bias = self.judge.siglip.texts(texts), self.judge.siglip.model.logit_scale.exp(), self.judge.siglip.model.logit_bias
+        losses = []
+        for rows, _ in self.judge.look(rollout.images):
+            image_BD = self.judge.siglip.pooled(self.judge.siglip.tokens(np.stack([rollout.images[b] for b in rows])))
+            own_BT = torch.tensor([[2.0 * (prompts_B[b].text == t) - 1 for t in texts] for b in rows], device=image_BD.device)
+            losses.append(-F.logsigmoid(own_BT * (scale * image_BD @ text_TD.T + bias)).sum(1))
+        if not losses: return {}
+        loss = torch.cat(losses).mean()
+        self.optimizer.zero_grad(); loss.backward(); self.optimizer.step()
+        self.judge.forget()
+        return dict(loss=loss.item())
+
+    def state_dict(self) -> dict: return dict(model=self.judge.siglip.state_dict(), optimizer=self.optimizer.state_dict())
+
+    def load_state_dict(self, state: dict) -> None:
+        self.judge.siglip.load_state_dict(state["model"]); self.optimizer.load_state_dict(state["optimizer"])
+        self.judge.forget()
+
+def semantic(eyes, model: str = "tiny-siglip", form: str = "dense", path: str = "value+mlp", pretrained: str = "", device: str = "cpu",
+             learn: float = 0.0) -> Reward:
+    "The reward `semantic` of a recipe. `learn` is a learning rate: above 0 a copy of the referee trains along on the policy's pictures."
+    if isinstance(learn, bool) or not 0 <= learn < np.inf: raise UserError(f"reward 'semantic': learn={learn!r} is no learning rate; 0 keeps the referee frozen")
+    if not learn: return siglip_reward("semantic", referee(model, pretrained, device), form, path)
+    judge = Referee(deepcopy(load_siglip(model, pretrained, device)))
+    return siglip_reward("semantic", judge, form, path, RefereeLearner(judge, learn))
 
 def grounding(eyes, model: str = "tiny-siglip", path: str = "value+mlp", pretrained: str = "", device: str = "cpu") -> Reward:
     "The reward `grounding` of a recipe: always dense, to stand beside a global `semantic`."

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass, field
 from importlib import import_module
 from inspect import signature
-from typing import Callable, Sequence
+from typing import Any, Callable, Sequence
 
 import numpy as np
 import torch
@@ -153,6 +153,7 @@ class Reward:
     cost: str = "cheap"                     # 'cheap' or 'model'
     check: Callable | None = None           # (prompt) -> None, or a `UserError` if it could never be judged; asked before a run
     covers: Callable | None = None          # (prompt) -> is it one this reward has something to say about? None: all of its tasks
+    learner: Any = None                     # one that changes the judge as the policy trains: learn(prompts_B, rollout) -> dict, state_dict, load_state_dict
 
     def __call__(self, prompts_B: list, rollout: Rollout) -> Scores: return self.judge(prompts_B, rollout)
 

@@ -226,7 +226,7 @@ def _did_you_mean(key, cls):
 AT_LEAST = {    # smallest value -> keys
     0: ("seed", "threads", "rollout.cfg", "objective.clip_low", "objective.clip_high", "objective.beta", "optimizer.weight_decay",
         "optimizer.beta1", "optimizer.beta2", "optimizer.warmup", "model.lora_rank", "model.experts", "log.groups_every", "log.groups_max",
-        "checkpoint.every", "evaluate.cfg"),
+        "checkpoint.every", "evaluate.cfg", "objective.teacher_layer"),
     1: ("steps", "rollout.prompts", "rollout.max_text", "objective.updates", "optimizer.micro_batch", "model.logp_chunk", "model.top_k",
         "checkpoint.keep", "evaluate.prompts", "evaluate.batch", "rollout.group_size")}
 ABOVE_0 = ("rollout.temperature", "rollout.top_p", "advantage.eps", "optimizer.lr", "optimizer.grad_norm", "model.lora_alpha",

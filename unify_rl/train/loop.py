@@ -60,6 +60,7 @@ class Trainer:
         covered = {t for r in rewards for t in r.tasks}
         orphan = [t for t in stream.shares if t not in covered]
         if orphan: raise UserError(f"no reward applies to the task {orphan[0]!r}; add one to rewards, or drop the task from data.tasks")
+        self.learners = {r.name: r for r in rewards if getattr(r, "learner", None)}
         absent = [t for t in cfg.log.trackers if not importlib.util.find_spec(t)]
         if absent: raise UserError(f"log.trackers names {absent[0]!r}, which is not installed: pip install {absent[0]}, or leave it out")
         policy.remat, policy.logp_chunk = cfg.model.checkpoint_activations, cfg.model.logp_chunk
@@ -80,6 +81,8 @@ class Trainer:
         if cfg.log.trackers: self.accelerator.init_trackers("unify_rl", config={"recipe": cfg.recipe, "policy": cfg.policy, "seed": cfg.seed})
         self.engine, self.optimizer = self.accelerator.prepare(policy, optimizer)
         self.policy, self.done, self.skipped, self.stopping = self.accelerator.unwrap_model(self.engine), 0, 0, False
+        if self.learners and self.accelerator.num_processes > 1:
+            raise UserError(f"reward {next(iter(self.learners))!r} learns, and would learn something else in each process; use one, or keep it frozen")
 
     # -- one step
     def step(self) -> dict:
@@ -99,6 +102,7 @@ class Trainer:
             adv = advantages(table.scores_RB, self.weights_R, rollout.group_size, table.applies_RB, torch.tensor([p.weight for p in prompts_B]), **asdict(cfg.advantage))
         with phase(clock, "reference"): self._score_reference([p for p in rollout.parts if self.betas[p.kind]])
         with phase(clock, "update"): stats, rows = self._update(rollout.parts, adv)
+        with phase(clock, "score"): stats |= self._teach(prompts_B, rollout)
         self.done += 1
         metrics = self._metrics(rollout, table, adv, stats, clock)
         if cfg.log.groups_every and (self.done == 1 or self.done % cfg.log.groups_every == 0) and acc.is_main_process:
@@ -115,6 +119,15 @@ class Trainer:
         make = OUTPUTS.get(self.cfg.data.source, own_outputs)
         torch.manual_seed(generator.initial_seed() % 2**63)
         return self.policy.encode(prompts, *make(prompts, rng_for(self.cfg.seed, "given", self.done, self.accelerator.process_index)))
+
+    def _teach(self, prompts_B: list, rollout: Rollout) -> dict:
+        "Let rewards that learn see the samples they have judged; returns what they report."
+        said = {}
+        for name, r in self.learners.items():
+            rows = [b for b, p in enumerate(prompts_B) if p.task in r.tasks and (r.covers is None or r.covers(p))]
+            mine = [prompts_B[b] for b in rows]
+            if mine: said |= {f"{name}_{k}": v for k, v in r.learner.learn(mine, Rollout(mine, 1, [], [rollout.texts[b] for b in rows], [rollout.images[b] for b in rows])).items()}
+        return said
 
     @torch.no_grad()
     def _score_reference(self, parts: list) -> None:
@@ -219,6 +232,7 @@ class Trainer:
         "Write a checkpoint: what trains, the optimizer, every random state, the cursor."
         trained = {n: p.detach() for n, p in self.policy.named_parameters() if p.requires_grad}
         state = dict(params=trained, optimizer=self.optimizer.state_dict(), rng=rng_state(), skipped=self.skipped)
+        if self.learners: state["learners"] = {name: r.learner.state_dict() for name, r in self.learners.items()}
         if self.accelerator.is_main_process: save_checkpoint(self.log.dir / "checkpoints", self.done, state, self.cfg.checkpoint.keep)
         self.accelerator.wait_for_everyone()
 
@@ -228,6 +242,7 @@ class Trainer:
         own = dict(self.policy.named_parameters())
         with torch.no_grad():
             for n, p in state["params"].items(): own[n].copy_(p)
+        for name, r in self.learners.items(): r.learner.load_state_dict(state["learners"][name])
         self.optimizer.load_state_dict(state["optimizer"]); set_rng_state(state["rng"]); self.skipped = state["skipped"]
         self.log.truncate(self.done)
         return notes
