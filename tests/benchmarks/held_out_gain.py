@@ -47,10 +47,11 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--recipe", default="grpo")
     p.add_argument("--policy", default="tiny-janus")
+    p.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of the recipe, as on the command line of `unify_rl train`")
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     p.add_argument("--suites", nargs="+", default=["shapes-geneval", "shapes-qa", "shapes-wise"])
-    p.add_argument("--guidance", type=float, nargs="+", default=[1.0, 1.5, 2.0, 3.0], help="guidance scales the base is tried at")
-    p.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-4], help="learning rates of the supervised comparison")
+    p.add_argument("--guidance", type=float, nargs="*", default=[1.0, 1.5, 2.0, 3.0], help="guidance scales the base is tried at")
+    p.add_argument("--rates", type=float, nargs="*", default=[1e-3, 3e-4], help="learning rates of the supervised comparison")
     p.add_argument("--prompts", nargs="*", default=["shapes-qa=2160"], help="suites with more prompts than usual, for narrower intervals")
     p.add_argument("--threads", type=int, default=1, help="CPU threads; sums are rounded differently with another number")
     p.add_argument("--out", default="runs/held-out-gain")
@@ -66,7 +67,7 @@ def main() -> None:
     seconds, after = [], {s: [] for s in suites}
     for seed in a.seeds:
         folder = out / f"seed-{seed}"
-        if not (folder / "summary.json").exists(): unify_rl.train(a.recipe, a.policy, seed=seed, run_dir=str(folder), threads=a.threads, evaluate={"suites": []})
+        if not (folder / "summary.json").exists(): unify_rl.train(a.recipe, a.policy, seed=seed, run_dir=str(folder), threads=a.threads, evaluate={"suites": []}, overrides=a.set)
         run = unify_rl.Run(folder)
         seconds.append(sum(v for m in run.metrics.to_dict("records") for k, v in m.items() if k.startswith("seconds/")))
         policy = None
@@ -84,8 +85,8 @@ def main() -> None:
             if not path.exists(): policy = policy or supervised(a.policy, float(np.mean(seconds)), lr, 0)
             others[f"supervised, lr {lr:g}"][s] = kept(path, lambda: evaluate(policy, suites[s]))
 
-    results = {"recipe": a.recipe, "policy": a.policy, "seeds": a.seeds, "training_seconds": seconds, "suites": {}, "others": {}}
-    print(f"\n{a.recipe} on {a.policy}, {len(a.seeds)} seeds, {np.mean(seconds):.0f} s of training each\n")
+    results = {"recipe": a.recipe, "policy": a.policy, "settings": a.set, "seeds": a.seeds, "training_seconds": seconds, "suites": {}, "others": {}}
+    print(f"\n{' '.join([a.recipe, *a.set])} on {a.policy}, {len(a.seeds)} seeds, {np.mean(seconds):.0f} s of training each\n")
     print("| suite | scorer | base | trained (each seed) | change, 95 % interval | scorers agree |")
     print("|---|---|---|---|---|---|")
     for s in suites:
@@ -105,7 +106,7 @@ def main() -> None:
     for choice in (True, False) if "shapes-qa" in before else ():           # the same questions by form: options are written " A. "
         form = lambda results: np.mean([float(x["correct"]) for r in results for x in r.rows if (" A. " in x["prompt"]) == choice])
         print(f"| shapes-qa: {'multiple choice' if choice else 'open'} | {form([before['shapes-qa']]):.3f} | {form(after['shapes-qa']):.3f} |")
-    print("\n| without RL | " + " | ".join(suites) + " |\n|---|" + "---|" * len(suites))
+    if others: print("\n| without RL | " + " | ".join(suites) + " |\n|---|" + "---|" * len(suites))
     for name, r in others.items():
         results["others"][name] = {s: x.overall for s, x in r.items()}
         print(f"| {name} | " + " | ".join(f"{r[s].overall:.3f}" if s in r else "–" for s in suites) + " |")

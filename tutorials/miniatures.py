@@ -1,0 +1,94 @@
+"""A paper's ablations in miniature: trains every variant of an experiment and tests it on held-out prompts.
+
+    python tutorials/miniatures.py lvrpo                      # all experiments of tutorials/lvrpo.yaml
+    python tutorials/miniatures.py lvrpo group-size --seeds 0 1 2
+
+Finished runs in --out are not repeated. The numbers go to tutorials/results/PAPER.json, which the notebook reads, some pictures beside it.
+"""
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+
+import unify_rl
+from unify_rl.evaluate.stats import paired_ci
+from unify_rl.evaluate.suites import Result, evaluate, load_suite
+from unify_rl.train.runlog import picture_path
+
+HERE = Path(__file__).parent
+
+
+def kept(path: Path, make) -> Result:
+    "A result from disk, or made and written."
+    if not path.exists(): path.write_text(make().to_json())
+    return Result.from_json(path.read_text())
+
+
+def strip(run: unify_rl.Run, groups: int = 3, scale: int = 3) -> Image.Image:
+    "The first pictures of the last reward groups that were kept, one row a group."
+    table = run.groups()
+    framed = lambda name: np.pad(np.asarray(Image.open(picture_path(run.dir, name))), ((1, 1), (1, 1), (0, 0)), constant_values=128)
+    rows = [[framed(name) for name in g["image"][:8] if name is not None] for _, g in table.groupby("prompt_index")]
+    wide = max(map(len, rows))
+    rows = [np.concatenate(r, 1) for r in rows if len(r) == wide > 0][:groups]
+    return Image.fromarray(np.concatenate(rows).repeat(scale, 0).repeat(scale, 1))
+
+
+def train(spec: dict, settings: list, seed: int, folder: Path, threads: int) -> unify_rl.Run:
+    "One variant and seed, trained unless it is there already; an interrupted one continues."
+    if not (folder / "summary.json").exists():
+        same = dict(resume=True) if (folder / "config.yaml").exists() else {}
+        fixed = [f"run_dir={folder}", f"seed={seed}", f"threads={threads}", "evaluate.suites=[]", "log.groups_every=20"]
+        unify_rl.train(spec["recipe"], spec["policy"], overrides=[*spec["settings"], *settings, *fixed], **same)
+    return unify_rl.Run(folder)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("paper", choices=sorted(f.stem for f in HERE.glob("*.yaml")))
+    p.add_argument("experiments", nargs="*", help="some of the paper's; none: all")
+    p.add_argument("--seeds", type=int, nargs="+", help="instead of the file's")
+    p.add_argument("--threads", type=int, default=1, help="CPU threads; sums are rounded differently with another number")
+    p.add_argument("--out", help="run folders; default runs/miniatures-PAPER")
+    a = p.parse_args()
+    torch.set_num_threads(a.threads)
+    spec = yaml.safe_load((HERE / f"{a.paper}.yaml").read_text())
+    unknown = set(a.experiments) - set(spec["experiments"])
+    if unknown: p.error(f"unknown experiment {sorted(unknown)}; {a.paper} has {', '.join(spec['experiments'])}")
+    out, seeds = Path(a.out or f"runs/miniatures-{a.paper}"), a.seeds or spec["seeds"]
+    out.mkdir(parents=True, exist_ok=True)
+    suites = {s: load_suite(s, n) for s, n in spec["suites"].items()}
+    base = unify_rl.load_policy(spec["policy"])
+    before = {s: kept(out / f"base-{s}.json", lambda: evaluate(base, suites[s])) for s in suites}
+    results = HERE / "results" / f"{a.paper}.json"
+    found = json.loads(results.read_text()) if results.exists() else {"experiments": {}}
+    found |= {k: spec[k] for k in ("recipe", "policy", "settings")} | {"base": {s: r.overall for s, r in before.items()}}
+
+    for name in a.experiments or spec["experiments"]:
+        rows = found["experiments"][name] = {}
+        for variant, settings in spec["experiments"][name].items():
+            runs, after = [], {s: [] for s in suites}
+            for seed in seeds:
+                key = "plain" if not settings else f"{name}-{variant}".replace(" ", "_").replace("=", "")     # the recipe itself is trained once
+                run = train(spec, settings, seed, out / f"{key}-s{seed}", a.threads)
+                policy = None
+                for s in suites:
+                    path = out / f"{key}-s{seed}-{s}.json"
+                    if not path.exists(): policy = policy or run.policy()
+                    after[s].append(kept(path, lambda: evaluate(policy, suites[s])))
+                runs.append(run)
+            changes = {s: paired_ci(before[s].values("correct"), np.stack([r.values("correct") for r in after[s]])) for s in suites}
+            curves = [{c: [round(float(v), 4) for v in m[c]] for c in m if c.startswith(("reward/", "objective/", "seconds/"))} for m in (r.metrics for r in runs)]
+            rows[variant] = dict(settings=settings, seeds=list(seeds), curves=curves, suites={
+                s: dict(after=[r.overall for r in after[s]], change=c.mean, ci95=[c.lo, c.hi]) for s, c in changes.items()})
+            strip(runs[0]).save(HERE / "results" / f"{a.paper}-{name}-{variant.replace(' ', '_').replace('=', '')}.png")
+            results.write_text(json.dumps(found, indent=1) + "\n")
+            print(name, "|", variant, "|", "  ".join(f"{s} {c.mean:+.3f} ({c.lo:+.3f}, {c.hi:+.3f})" for s, c in changes.items()), flush=True)
+
+
+if __name__ == "__main__":
+    main()
