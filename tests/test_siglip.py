@@ -273,16 +273,17 @@ def test_a_judge_by_transformers_does_not_depend_on_padding():
     assert (together - alone).abs().max() < 1e-5 and ((0 < together) & (together < 1)).all()
     assert not torch.allclose(together, judge(questions, images[::-1]), atol=1e-6)             # it looks at the pictures
 
-def test_a_policy_judge_says_what_its_own_forward_says():
+@pytest.mark.parametrize("no", ["no", "there is none"])
+def test_a_policy_judge_says_what_its_own_forward_says(no):
     from unify_rl.policies.load import load_policy
     from unify_rl.rewards.knowledge import PolicyJudge, Wording
-    policy, word = load_policy("tiny-janus"), Wording("{phrase}", "<answer> {} </answer>", "yes", "no", "ratio")
+    policy, word = load_policy("tiny-janus"), Wording("{phrase}", "<answer> {} </answer>", "yes", no, "ratio")
     image = np.full((24, 24, 3), 255, np.uint8)
     got = PolicyJudge(policy, word)(["is there a red circle?"], [image])
     def logp(text):
         part = policy.encode([Prompt("x", "answer", "is there a red circle?", image=image)], [text], [None]).parts[0]
         return float(policy(part).sum())
-    y, n = logp("<answer> yes </answer>"), logp("<answer> no </answer>")
+    y, n = logp("<answer> yes </answer>"), logp(f"<answer> {no} </answer>")
     assert abs(float(got) - np.exp(y) / (np.exp(y) + np.exp(n))) < 1e-5
     assert not any(p.requires_grad for p in policy.parameters())
 

@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import lru_cache
 from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from ..core import Prompt, Rollout, Scores, UserError, nearest
 from ..policies.base import Policy
@@ -56,10 +58,13 @@ class PolicyJudge:
     @torch.no_grad()
     def __call__(self, questions: list[str], images: list) -> torch.Tensor:     # [n] P(Yes)
         prompts = [Prompt(f"judge/{i}", "answer", q, image=im) for i, (q, im) in enumerate(zip(questions, images))]
-        def logp(word):
-            part = self.policy.encode(prompts, [self.wording.reply.replace("{}", word)] * len(prompts), [None] * len(prompts)).parts[0]
-            return self.policy.logp(part).double().sum(-1)
-        return p_yes(logp(self.wording.yes), logp(self.wording.no), self.wording.form)
+        yes, no = (self.policy.encode(prompts, [self.wording.reply.replace("{}", w)] * len(prompts), [None] * len(prompts)).parts[0]
+                   for w in (self.wording.yes, self.wording.no))
+        longest = max(yes.actions.shape[1], no.actions.shape[1])
+        both = lambda key: torch.cat([F.pad(x, (0, longest - x.shape[1])) for x in (getattr(yes, key), getattr(no, key))])
+        part = replace(yes, rows=torch.cat([yes.rows, no.rows]), actions=both("actions"), mask=both("mask"),       # two replies to one context
+                       context_index=yes.context_index.repeat(2))
+        return p_yes(*(self.policy.logp(part) * part.mask).double().sum(-1).chunk(2), self.wording.form)
 
 # %% ../../nbs/35_rewards.knowledge.ipynb #vlm-judge
 class VlmJudge:
