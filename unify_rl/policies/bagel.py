@@ -342,6 +342,7 @@ class Drawing:
     window: int = 2             # sde: how many steps are stochastic and trained
     low: int = 0                # sde: the window lies in steps low ...
     high: int = 0               # ... high - 1; 0: all but the last
+    same_start: bool = False    # a group starts from one noise, so that its pictures differ by their stochastic steps alone
     noise_level: float = 0.7    # sde
     form: str = "flow_sde"      # sde: 'flow_sde', 'dance' or 'cps'
     weighting: str = "none"     # sde: 'none', 'variance' or 'flat'
@@ -778,6 +779,7 @@ class BagelPolicy(Policy):
         flow = dict(times=timesteps(d.steps, d.shift).tolist(), window=window, noise_level=d.noise_level, form=d.form, reduction=d.reduction, weighting=d.weighting)
         noises = _generators(out.prompts, which, G, seed)
         noise = normal_like(torch.empty(len(rows), math.prod(grid), self.net.vae2llm.in_features, device=self.device), noises)
+        if d.same_start: noise = noise[::G].repeat_interleave(G, 0)
         s = sample_flow(self.velocity(context, index, grid, cfg, guidance), noise, generator=noises, **flow)
         for b, im in zip(rows.tolist(), self.pictures(s.final, grid)): out.images[b] = im
         actions = e.actions(s, d)
