@@ -6,9 +6,10 @@ import pytest
 from unify_rl.world.prompts import (CATEGORIES, EDITS, RIDDLES, combinations, constraints, draw_prompts, edit_prompts,
                                     is_held_out,
                                     riddle_prompts, scene_for, split_combinations)
-from unify_rl.world.questions import KINDS, question_combinations, question_prompts
+from unify_rl.world.questions import KINDS, joint_prompts, question_combinations, question_prompts
 from unify_rl.world.scenes import World
-from unify_rl.core import rng_for
+from unify_rl.core import Rollout, rng_for
+from unify_rl.rewards.verifiable import build_rewards, score
 
 DRAWN = CATEGORIES + RIDDLES + EDITS
 
@@ -60,3 +61,14 @@ def test_a_prompt_does_not_depend_on_how_many_are_drawn_elsewhere():
 def test_every_held_out_combination_can_be_drawn(category):
     for c in split_combinations(category, "test"):
         assert scene_for(category, c, World(), rng_for("can be drawn", c)) and constraints(category, c)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_joint_prompts_agree_with_themselves(split):
+    "The real picture satisfies the sentence, and the question about it has its answer."
+    prompts = joint_prompts(split, 90, seed=3)
+    rollout = Rollout(prompts, 1, [], [f"<think> x </think> <answer> {p.answer} </answer>" for p in prompts], [p.reference for p in prompts])
+    judged = score(build_rewards([{"name": "strict"}, {"name": "accuracy"}])[0], prompts, rollout)
+    assert (judged.scores_RB == 1).all()
+    assert len({p.id for p in prompts}) == 90 and {p.task for p in prompts} == {"joint"}
+    assert all(p.image is p.reference and is_held_out(p.meta["combination"]) == (split == "test") for p in prompts)

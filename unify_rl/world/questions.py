@@ -5,17 +5,19 @@
 # %% ../../nbs/07_world.questions.ipynb #imports
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
 
 from ..core import Prompt, UserError, nearest, rng_for
-from .prompts import _an, is_held_out
-from .scenes import COLORS, RELATIONS, SHAPES, World, random_scene, relations, render
+from .prompts import TEMPLATES, _an, combinations, draw_prompt, is_held_out
+from .scenes import COLORS, RELATIONS, SHAPES, World, place, random_scene, relations, render
 
 # %% auto #0
 __all__ = ['KINDS', 'POPULAR', 'INSTRUCTION', 'REPLIES', 'question_combinations', 'question_scene', 'question_prompt',
-           'question_prompts', 'describe', 'relevant', 'working', 'reply']
+           'question_prompts', 'captions_of', 'joint_prompt', 'joint_prompts', 'describe', 'relevant', 'working',
+           'reply']
 
 # %% ../../nbs/07_world.questions.ipynb #combos
 KINDS = ("existence", "count", "color", "shape", "relation", "compare")
@@ -105,6 +107,41 @@ def question_prompts(split: str, n: int, world: World = World(), seed: int = 0, 
         kind = kinds[len(out) % len(kinds)]
         p = question_prompt(kind, _pick(rng, pools[kind]), world, rng, len(out))
         if (key := (p.text, p.image.tobytes())) not in seen: seen.add(key); out.append(p)
+    return out
+
+# %% ../../nbs/07_world.questions.ipynb #joint
+def captions_of(scene: tuple, world: World) -> list:    # [(category, combination)]
+    "The drawing combinations that are true of a scene and leave no thing out."
+    one = lambda t: (t.shape, t.color)
+    if len({one(t) for t in scene}) == 1:
+        shape, color = one(scene[0])
+        where = place(scene[0].box(world), world.size)
+        said = [("counting", (len(scene), color, shape))]
+        if len(scene) == 1: said += [("single_object", (shape, where)), ("colors", (color, shape, where))]
+    elif len(scene) == 2:
+        said = [("color_attribution", (a.color, a.shape, b.color, b.shape)) for a, b in (scene, scene[::-1])]
+        said += [("two_objects", (a.color, a.shape, b.shape)) for a, b in (scene, scene[::-1])]
+        said += [("position", (a.shape, r, b.shape)) for a, b in (scene, scene[::-1]) for r in sorted(relations(a.box(world), b.box(world)))]
+    else: said = []
+    return [(category, c) for category, c in said if c in combinations(category)]
+
+def joint_prompt(kind: str, c: tuple, split: str, world: World, rng: np.random.Generator, index: int = 0) -> Prompt | None:
+    "A sentence to draw and a question about a real picture of it; None if no sentence of that split says what the picture shows."
+    q = question_prompt(kind, c, world, rng, index)
+    said = [(cat, k) for cat, k in captions_of(q.meta["scene"], world) if is_held_out(k) == (split == "test")]
+    if not said: return None
+    p = draw_prompt(*_pick(rng, said), int(rng.integers(len(TEMPLATES))))
+    return replace(p, id=f"joint/{index}/{p.id}/{q.id}", task="joint", image=q.image, reference=q.image, question=q.text, answer=q.answer,
+                   choices=q.choices, meta=dict(p.meta, question=q))
+
+def joint_prompts(split: str, n: int, world: World = World(), seed: int = 0, kinds: tuple = KINDS) -> list:
+    "`n` different joint prompts of one side of the split, evenly over the kinds of question."
+    rng, out, seen = rng_for("joint", split, seed), [], set()
+    pools = {k: question_combinations(k, split, world.max_objects) for k in kinds}
+    while len(out) < n:
+        kind = kinds[len(out) % len(kinds)]
+        p = joint_prompt(kind, _pick(rng, pools[kind]), split, world, rng, len(out))
+        if p and (key := (p.text, p.question, p.image.tobytes())) not in seen: seen.add(key); out.append(p)
     return out
 
 # %% ../../nbs/07_world.questions.ipynb #worked
