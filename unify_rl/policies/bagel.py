@@ -736,7 +736,9 @@ class BagelPolicy(Policy):
     def check_drawing(self, drawing: dict) -> None:
         "Refuse settings that do not exist or do not fit together, before any work is done."
         d = self._with(drawing)
-        timesteps(d.steps, d.shift); ESTIMATORS[d.estimator].window(d, generator_for("check"))
+        timesteps(d.steps, d.shift)
+        if not ESTIMATORS[d.estimator].window(d, generator_for("check")) and d.same_start:
+            raise UserError("drawing.same_start without stochastic steps would make a group of equal pictures. Use estimator sde and a window, or leave it out")
 
     def _jobs(self, prompts: list, size: int) -> dict:
         "(kind of guidance, latent grid) -> prompts that are drawn together."
@@ -779,8 +781,12 @@ class BagelPolicy(Policy):
         flow = dict(times=timesteps(d.steps, d.shift).tolist(), window=window, noise_level=d.noise_level, form=d.form, reduction=d.reduction, weighting=d.weighting)
         noises = _generators(out.prompts, which, G, seed)
         noise = normal_like(torch.empty(len(rows), math.prod(grid), self.net.vae2llm.in_features, device=self.device), noises)
-        if d.same_start: noise = noise[::G].repeat_interleave(G, 0)
-        s = sample_flow(self.velocity(context, index, grid, cfg, guidance), noise, generator=noises, **flow)
+        times, ahead = flow["times"], window[0] if d.same_start and thoughts is None else 0
+        if ahead: noise = sample_flow(self.velocity(context, index[::G], grid, cfg, guidance), noise[::G], times[:ahead + 1]).final      # once a group
+        elif d.same_start: noise = noise[::G]
+        if d.same_start: noise = noise.repeat_interleave(G, 0)
+        s = sample_flow(self.velocity(context, index, grid, cfg, guidance), noise, generator=noises,
+                        **flow | dict(times=times[ahead:], window=[i - ahead for i in window]))
         for b, im in zip(rows.tolist(), self.pictures(s.final, grid)): out.images[b] = im
         actions = e.actions(s, d)
         if actions is None: return
