@@ -91,7 +91,7 @@ def joint_batch(policy: BagelPolicy, world: World, rng: np.random.Generator, dra
 # %% ../../nbs/56_train.pretrain_bagel.ipynb #all
 def _tiny_bagel(out: Path, seed: int, work: Path, steps, vq_steps, stages, track) -> Path:
     world, policy = World(), new_bagel(vocabulary(), seed=seed_for(seed, "tiny-bagel") % 2**31)
-    stages, vae_steps, steps = stages or ("vae", "lm", "questions"), vq_steps or 800, steps or 4000
+    stages, vae_steps, steps = stages or ("vae", "lm", "questions"), vq_steps or 800, steps or 2800
     tell = lambda stage, total: (lambda s, l: track(stage, s, total, l)) if track else None
     if "vae" in stages and not any((work / "vae").glob("step-*")):
         train_vae(policy, world, seed, vae_steps, track=tell("vae", vae_steps))
@@ -101,7 +101,7 @@ def _tiny_bagel(out: Path, seed: int, work: Path, steps, vq_steps, stages, track
     policy.vae_scale, policy.vae_shift = made["scale"], made["shift"]
     if "lm" in stages: pretrain_lm(policy, world, work / "lm", seed, steps, 48, 16, wrong=0.2, track=tell("lm", steps), batch=joint_batch, frozen="vae")
     policy.load_state_dict(load_checkpoint(work / "lm")[1]["policy"], strict=False)
-    more = max(1, steps // 2)
+    more = max(1, steps // 3)
     if "questions" in stages:
         pretrain_lm(policy, world, work / "questions", seed, more, 24, 48, 1.5e-3, 0.5, habit, "focused", True, name="questions",
                     track=tell("questions", more), batch=partial(joint_batch, lookups=24), frozen="vae")
