@@ -1,15 +1,17 @@
-"""The shipped tiny-janus: that it is what it says, and that sampler and scorer agree on it to rounding."""
+"""The shipped tiny models: that they are what they say, and that sampler and scorer agree on them to rounding."""
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import unify_rl
-from unify_rl.core import generator_for, rng_for
+from unify_rl.core import Rollout, generator_for, rng_for
+from unify_rl.rewards.verifiable import build_rewards, score
 from unify_rl.world.detectors import detect_components, detect_templates
-from unify_rl.world.prompts import draw_prompts
+from unify_rl.world.prompts import CATEGORIES, captioned, draw_prompts, edit_prompts
 from unify_rl.world.questions import question_prompts
 from unify_rl.world.scenes import World, random_scene, render_batch
 
@@ -129,3 +131,70 @@ def test_base_is_honest(policy):
     qa = evaluate(policy, load_suite("shapes-qa")).by_category()
     chance = dict(existence=0.5, count=0.25, color=0.21, shape=0.25, relation=0.25, compare=0.25)     # half multiple choice of four, half open
     assert all(v["correct"] > chance[k] for k, v in qa.items()), qa
+
+
+# -- tiny-bagel ------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def bagel(): return unify_rl.load_policy("tiny-bagel")
+
+
+@pytest.fixture(scope="module")
+def mixed(): return [*draw_prompts("test", 4), *edit_prompts("test", 3), *question_prompts("test", 4)]
+
+
+def test_tiny_bagel_has_the_official_files(bagel, tmp_path):
+    "The names of the official folder, and what we load is what we write."
+    names = {f.name for f in (ASSETS / "tiny-bagel").iterdir()}
+    assert {"ema.safetensors", "ae.safetensors", "config.json", "llm_config.json", "vit_config.json"} <= names
+    assert {Path(n).suffix for n in names} <= {".safetensors", ".json", ".txt"}
+    bagel.save_pretrained(tmp_path)
+    for name in ("ema.safetensors", "ae.safetensors"):
+        a, b = load_file(ASSETS / "tiny-bagel" / name), load_file(tmp_path / name)
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("detect", [detect_templates, detect_components])
+def test_detectors_on_what_the_autoencoder_shows(bagel, detect):
+    scenes = [random_scene(World(), rng_for("decoded", i)) for i in range(400)]
+    with torch.no_grad(): shown = bagel.pictures(bagel.latents(torch.from_numpy(render_batch(scenes)).permute(0, 3, 1, 2) / 127.5 - 1), (3, 3))
+    assert np.mean([sees(f, s) for f, s in zip(detect(shown), scenes)]) >= 0.99
+
+
+@pytest.mark.parametrize("drawing", [dict(estimator="forward"), dict(estimator="sde", window=3), dict(estimator="forward", think=True)])
+def test_tiny_bagel_is_on_policy(bagel, mixed, drawing):
+    rollout = bagel.sample(mixed, 3, generator_for("ratio"), max_text=24, **drawing)
+    assert {p.kind for p in rollout.parts} == {"image", "text"}
+    for part in rollout.parts:
+        with torch.no_grad(): ratio = (bagel(part) - part.logp_old).exp()[part.mask]
+        assert (ratio - 1).abs().max() < 1e-4
+
+
+def chances():
+    "Category -> how often a picture drawn for another prompt of the same category is right for this one."
+    out = {}
+    for category in CATEGORIES:
+        prompts = draw_prompts("test", 120, seed=7, categories=(category,))
+        others = prompts[1:] + prompts[:1]
+        pictures = list(render_batch(captioned(others, World(), rng_for("chance", category))))
+        judged = score(build_rewards([{"name": "strict"}])[0], prompts, Rollout(prompts, 1, [], [None] * len(prompts), pictures))
+        out[category] = float(judged.scores_RB[0].mean())
+    return out
+
+
+@pytest.mark.slow
+def test_tiny_bagels_base_is_honest(bagel):
+    "Above chance in every category and far from perfect, in drawing, riddles with and without thinking, edits and questions (about six minutes)."
+    from unify_rl.evaluate.suites import evaluate, load_suite
+    test = lambda name, **kw: {k: v["correct"] for k, v in evaluate(bagel, load_suite(name), **kw).by_category().items()}
+    draw, by_chance = test("shapes-geneval"), chances()
+    assert all(by_chance[c] < v <= 0.70 for c, v in draw.items()), (draw, by_chance)
+    for think in (False, True):
+        riddles = test("shapes-wise", drawing=dict(think=think))
+        assert all(v > 0.03 for v in riddles.values()), riddles
+    edits = test("shapes-edit")
+    assert all(v > 0 for v in edits.values()), edits
+    qa = test("shapes-qa")
+    chance = dict(existence=0.5, count=0.25, color=0.21, shape=0.25, relation=0.25, compare=0.25)
+    weak = {"existence", "relation"}                    # at chance: answered at a glance, and hardly ever read
+    assert all(v > chance[k] for k, v in qa.items() if k not in weak), qa

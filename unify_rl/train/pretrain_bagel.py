@@ -91,7 +91,7 @@ def joint_batch(policy: BagelPolicy, world: World, rng: np.random.Generator, dra
 # %% ../../nbs/56_train.pretrain_bagel.ipynb #all
 def _tiny_bagel(out: Path, seed: int, work: Path, steps, vq_steps, stages, track) -> Path:
     world, policy = World(), new_bagel(vocabulary(), seed=seed_for(seed, "tiny-bagel") % 2**31)
-    stages, vae_steps, steps = stages or ("vae", "lm", "questions"), vq_steps or 800, steps or 2800
+    stages, vae_steps, steps = stages or ("vae", "lm", "questions", "drawings"), vq_steps or 800, steps or 2800
     tell = lambda stage, total: (lambda s, l: track(stage, s, total, l)) if track else None
     if "vae" in stages and not any((work / "vae").glob("step-*")):
         train_vae(policy, world, seed, vae_steps, track=tell("vae", vae_steps))
@@ -106,6 +106,11 @@ def _tiny_bagel(out: Path, seed: int, work: Path, steps, vq_steps, stages, track
         pretrain_lm(policy, world, work / "questions", seed, more, 24, 48, 1.5e-3, 0.5, habit, "focused", True, name="questions",
                     track=tell("questions", more), batch=partial(joint_batch, lookups=24), frozen="vae")
     policy.load_state_dict(load_checkpoint(work / "questions")[1]["policy"], strict=False)
+    last = max(1, steps // 7)
+    if "drawings" in stages:
+        pretrain_lm(policy, world, work / "drawings", seed, last, 48, 16, 1.5e-3, 0.1, lambda p, done: habit(p), "focused", name="drawings",
+                    track=tell("drawings", last), batch=joint_batch, frozen="vae")
+    policy.load_state_dict(load_checkpoint(work / "drawings")[1]["policy"], strict=False)
     policy.save_pretrained(out)
     return out
 
