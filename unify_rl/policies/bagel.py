@@ -369,7 +369,7 @@ def _rule(part): return _path(part, "reduction", "weighting")
 
 def _draws(part):
     s = part.settings
-    return forward_draws(part.actions[:, 0], s["seed"], part.rows, part.actions.shape[1], s["draw_shift"])
+    return forward_draws(part.actions[:, 0], s["seed"], part.rows // s["group_size"], part.actions.shape[1], s["draw_shift"])
 
 ESTIMATORS = dict(
     sde=Estimator(lambda d, g: sde_window(d.steps, d.window, g, d.low, d.high or None), lambda s, d: s.states,
@@ -791,7 +791,7 @@ class BagelPolicy(Policy):
         actions = e.actions(s, d)
         if actions is None: return
         scored = cfg if logp == "guided" else 1.0
-        settings = flow | dict(estimator=d.estimator, grid=grid, cfg=scored, guidance=asdict(guidance), seed=seed, draw_shift=d.draw_shift)
+        settings = flow | dict(estimator=d.estimator, grid=grid, cfg=scored, guidance=asdict(guidance), seed=seed, group_size=G, draw_shift=d.draw_shift)
         part = Part("image", rows, actions, torch.ones(actions.shape[:2], dtype=torch.bool, device=self.device), context, index, settings=settings)
         part.logp_old = s.logp if window and scored == cfg else self.logp(part)
         out.parts.append(part)
@@ -858,7 +858,7 @@ class BagelPolicy(Policy):
             context, index = self._draw_context(chosen, look, [tokens[i] for i in which] if think else None, 1)
             x0 = self.latents(self._pixels([images[i] for i in which], tuple(g * self.unit for g in grid)))
             actions = x0[:, None].expand(-1, self.drawing.draws, -1, -1)
-            settings = dict(estimator="forward", grid=grid, cfg=1.0, guidance=asdict(Guidance()), seed=seed, draw_shift=self.drawing.draw_shift, reduction=self.drawing.reduction)
+            settings = dict(estimator="forward", grid=grid, cfg=1.0, guidance=asdict(Guidance()), seed=seed, group_size=1, draw_shift=self.drawing.draw_shift, reduction=self.drawing.reduction)
             mask = torch.ones(actions.shape[:2], dtype=torch.bool, device=self.device)
             out.parts.append(Part("image", torch.tensor(which, device=self.device), actions, mask, context, index, settings=settings))
         which = [i for i, p in enumerate(prompts) if tokens[i] is not None and p.task in ("answer", "joint")]
