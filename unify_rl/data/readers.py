@@ -183,6 +183,8 @@ def tar_rows(file: Path, reading: Reading) -> Iterator[tuple]:
                 if key: yield (n := n + 1), row
                 key, row = (path.parent, stem), {"id": str(path.parent/stem)}
             if not isinstance(row, BadRow): row = _member(tar, m, ext.lower(), row, Picture(f"{file.name}, {m.name}", reading.max_pixels, None, file, m.offset_data, m.size))
+        tar.fileobj.seek(tar.offset)
+        if tar.fileobj.read(512) != bytes(512): raise tarfile.ReadError("no end mark")      # cut between two members
     if key: yield n + 1, row
 
 def _member(tar, m, ext: str, row: dict, picture: Picture) -> dict | BadRow:
@@ -340,7 +342,7 @@ class Reader:
         pictures, out = {}, []
         for task in wanted:
             columns = self.schema[task] | reading.columns
-            values = read_fields(row, columns, lambda x: _picture(x, root, where, reading.max_pixels), pictures)
+            values = read_fields(row, columns, NEEDS[task], lambda x: _picture(x, root, where, reading.max_pixels), pictures)
             for f in NEEDS[task]:
                 if f not in values: raise BadRow(columns[f], f"missing. The row has: {', '.join(map(str, row)) or 'nothing'}")
             base = values.get("id", where.replace(", row ", "/"))
@@ -356,11 +358,11 @@ def _task(row: dict, columns: dict) -> str:
     if task not in TASKS: raise BadRow(columns.get("task", "task"), f"unknown task {_short(task)}. {nearest(str(task), TASKS)}")
     return task
 
-def read_fields(row: dict, columns: dict, picture: Callable, pictures: dict) -> dict:
-    "Our fields of a row, parsed; what is null or absent is left out."
+def read_fields(row: dict, columns: dict, needs: tuple, picture: Callable, pictures: dict) -> dict:
+    "Our fields of a row, parsed; what is null or absent is left out, and an empty text where none is needed."
     values = {}
     for f, column in columns.items():
-        if (x := row.get(column)) is None: continue
+        if (x := row.get(column)) is None or isinstance(x, str) and not x and f not in needs: continue
         try:
             if FIELDS[f]: values[f] = FIELDS[f](x)
             else: values[f] = pictures[column] = pictures.get(column) or picture(x)
