@@ -962,6 +962,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'unify_rl.train.merge.gaussian': ('train.merge.html#gaussian', 'unify_rl/train/merge.py'),
                                       'unify_rl.train.merge.merge_policies': ('train.merge.html#merge_policies', 'unify_rl/train/merge.py'),
                                       'unify_rl.train.merge.merge_tensor': ('train.merge.html#merge_tensor', 'unify_rl/train/merge.py'),
+                                      'unify_rl.train.merge.moved': ('train.merge.html#moved', 'unify_rl/train/merge.py'),
                                       'unify_rl.train.merge.norm_weighted': ('train.merge.html#norm_weighted', 'unify_rl/train/merge.py'),
                                       'unify_rl.train.merge.read_header': ('train.merge.html#read_header', 'unify_rl/train/merge.py'),
                                       'unify_rl.train.merge.read_tensor': ('train.merge.html#read_tensor', 'unify_rl/train/merge.py'),

@@ -20,8 +20,8 @@ from ..core import UserError, nearest
 from ..policies.load import check_folder, find_policy, read_json, weight_files
 
 # %% auto #0
-__all__ = ['METHODS', 'COPIED', 'average', 'task_vectors', 'norm_weighted', 'gaussian', 'spread', 'read_header', 'read_tensor',
-           'merge_tensor', 'tensor_files', 'check_fit', 'check_output', 'rule_of', 'merge_policies']
+__all__ = ['METHODS', 'COPIED', 'average', 'task_vectors', 'moved', 'norm_weighted', 'gaussian', 'spread', 'read_header',
+           'read_tensor', 'merge_tensor', 'tensor_files', 'check_fit', 'check_output', 'rule_of', 'merge_policies']
 
 # %% ../../nbs/57_train.merge.ipynb #methods
 def average(deltas: list[Tensor]) -> Tensor:
@@ -32,12 +32,16 @@ def task_vectors(deltas: list[Tensor], scale: float = 1.0) -> Tensor:
     "The scaled sum of the differences (Ilharco et al. 2023)."
     return scale * sum(deltas)
 
+def moved(deltas: list[Tensor]) -> list[Tensor]:
+    "The differences that are any; one of zeros if none is."
+    return [d for d in deltas if d.any()] or deltas[:1]
+
 def norm_weighted(deltas: list[Tensor]) -> Tensor:
     "The mean of the differences, each weighted by 1 / its norm; one that is zero has no say."
-    moved = [d for d in deltas if d.any()]
-    if not moved: return torch.zeros_like(deltas[0])
-    weights = [1 / d.norm() for d in moved]
-    return sum(w * d for w, d in zip(weights, moved)) / sum(weights)
+    deltas = moved(deltas)
+    if len(deltas) == 1: return deltas[0]
+    weights = [1 / d.norm() for d in deltas]
+    return sum(w * d for w, d in zip(weights, deltas)) / sum(weights)
 
 def gaussian(
     deltas: list[Tensor],       # [n] differences to the base, of one shape
@@ -45,6 +49,7 @@ def gaussian(
     overlap: str = "add",       # an element special in all: 'add' them up (the authors), or their 'mean'
 ) -> Tensor:
     "What lies inside a common bell is averaged, what lies outside is kept whole (CoRL C9)."
+    deltas = moved(deltas)
     mu, sigma = sum(d.mean() for d in deltas) / len(deltas), min(spread(d) for d in deltas)
     common = [(d > mu - width * sigma) & (d < mu + width * sigma) for d in deltas]
     merged = sum(torch.where(c, d / len(deltas), d) for c, d in zip(common, deltas))
