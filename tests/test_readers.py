@@ -15,7 +15,7 @@ from PIL import Image
 
 from unify_rl.core import TASKS, UserError
 from unify_rl.data.readers import ALL, FIELDS, SOURCES, FilePrompt, Picture, decode, files_of, options_in
-from unify_rl.data.stream import MODULES, PromptStream, Reading, load_prompts
+from unify_rl.data.stream import MODULES, PromptStream, Reading, load_prompts, own_outputs
 from unify_rl.rewards.verifiable import build_rewards, check_prompts
 
 FIXTURES = Path(__file__).parent/"fixtures"
@@ -148,6 +148,8 @@ def test_x2x_rows_are_joint_prompts_or_halves_of_pairs():
     assert len(halves) == 12 and len({p.id for p in halves}) == 12 and len({p.pair_id for p in halves}) == 6
     rewards, _ = build_rewards([dict(name="accuracy"), dict(name="format")])
     check_prompts(prompts + halves, rewards)                        # every answer can be judged
+    texts, images = own_outputs(prompts, None)                      # supervised training learns the whole solution
+    assert texts[1] == "<think>I look.</think><answer>B</answer>" and np.array_equal(images[1], prompts[1].reference)
 
 
 def test_x2x_16k_has_no_questions():

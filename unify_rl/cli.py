@@ -156,7 +156,8 @@ def merge(args) -> None:
     settings = {k: getattr(args, k) for k in ("width", "overlap", "scale") if getattr(args, k) is not None}
     screen = Screen()
     with screen.bar("merging") as bar:
-        done = merge_policies(args.base, args.policies, args.out, args.method, lambda n, total, name: bar(n, total, f"merging {name}"), **settings)
+        track = lambda n, total, name: bar(n, total, f"merging {name}")
+        done = merge_policies(args.base, args.policies, args.out, args.method, track, **settings)
     other = f", {done['other_types']} of them from other number types than the base's" if done["other_types"] else ""
     screen.say(f"merged {done['tensors']} tensors{other}; {done['changed']} differ from the base\npolicy  {args.out}\n"
                f"next    unify_rl eval --policy {shlex.quote(args.out)}")

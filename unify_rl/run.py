@@ -274,7 +274,8 @@ def _load_prompts(cfg: Config, prompts: list | None, screen: Screen) -> tuple[li
     with screen.bar("reading the data") as reading.track:
         found = load_prompts(cfg.data.source, cfg.data.split, tasks, cfg.data.path, reading)
     if n := len(reading.skipped):
-        screen.say(f"{n} of {reading.rows} rows of the data do not fit and are left out. The first: {reading.skipped[0]}", style="yellow")
+        screen.say(f"{n} of {reading.rows} rows of the data do not fit and are left out. The first: {reading.skipped[0]}",
+                   style="yellow")
     return found, reading
 
 def _prepare(cfg: Config, resume: bool, prompts: list | None, rewards: list | None, screen: Screen) -> Trainer:

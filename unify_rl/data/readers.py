@@ -43,7 +43,7 @@ def decode(
             return np.array(_rgb(ImageOps.exif_transpose(im)))
     except UnidentifiedImageError: raise ValueError(f"not a picture ({', '.join(FORMATS)})") from None
     except (_TooLarge, Image.DecompressionBombError) as e: raise ValueError(f"too large: {e}") from None
-    except Exception as e: raise ValueError(f"a damaged picture, or one cut short: {e}") from None    # Pillow raises a dozen types
+    except Exception as e: raise ValueError(f"a damaged picture, or one cut short: {e}") from None     # Pillow has a dozen types
 
 class _TooLarge(ValueError): pass
 
@@ -73,7 +73,8 @@ class Picture:
     def read(self) -> bytes:
         "The encoded picture."
         size = len(self.data) if self.file is None else self.size
-        if size > 8 * self.max_pixels + 2**20: raise ValueError(f"too large: {size} bytes for at most {self.max_pixels} pixels (data.max_pixels)")
+        if size > 8 * self.max_pixels + 2**20:
+            raise ValueError(f"too large: {size} bytes for at most {self.max_pixels} pixels (data.max_pixels)")
         if self.file is None: return self.data
         with open(self.file, "rb") as f:
             f.seek(self.at)
@@ -81,7 +82,8 @@ class Picture:
 
     def __call__(self) -> np.ndarray:
         try: return _decoded(self)
-        except (OSError, ValueError) as e: raise UserError(f"{self.where}: {e}. It could be read when the run began; has the file been changed?") from e
+        except (OSError, ValueError) as e:
+            raise UserError(f"{self.where}: {e}. It could be read when the run began; has the file been changed?") from e
 
 @lru_cache(maxsize=64)
 def _decoded(picture: Picture) -> np.ndarray: return decode(picture.read(), picture.max_pixels)
@@ -102,7 +104,8 @@ def inside(
     if parts.anchor or ".." in parts.parts: raise ValueError(f"{name!r} leads out of the folder of the data")
     try:
         path = (root/name).resolve()
-        if not path.is_relative_to(root.resolve()): raise ValueError(f"{name!r} is a link that leads out of the folder of the data")
+        if not path.is_relative_to(root.resolve()):
+            raise ValueError(f"{name!r} is a link that leads out of the folder of the data")
         if path.is_file(): return path
     except (OSError, RuntimeError) as e: raise ValueError(f"{name!r} cannot be opened: {e}") from None
     raise ValueError(f"there is no file {name!r} in the folder of the data")
@@ -160,7 +163,7 @@ def _table(batch, before: int) -> Iterator[tuple]:
         row = {}
         for name, column in zip(batch.schema.names, batch.columns):
             try: row[name] = _cell(column[i])
-            except ValueError as e: row = BadRow(name, f"cannot be read: {e}"); break      # for instance, a text that is not UTF-8
+            except ValueError as e: row = BadRow(name, f"cannot be read: {e}"); break      # a text that is not UTF-8, say
         yield before + i + 1, row
 
 def _cell(x) -> Any:
@@ -182,7 +185,8 @@ def tar_rows(file: Path, reading: Reading) -> Iterator[tuple]:
             if (path.parent, stem) != key:
                 if key: yield (n := n + 1), row
                 key, row = (path.parent, stem), {"id": str(path.parent/stem)}
-            if not isinstance(row, BadRow): row = _member(tar, m, ext.lower(), row, Picture(f"{file.name}, {m.name}", reading.max_pixels, None, file, m.offset_data, m.size))
+            here = Picture(f"{file.name}, {m.name}", reading.max_pixels, None, file, m.offset_data, m.size)
+            if not isinstance(row, BadRow): row = _member(tar, m, ext.lower(), row, here)
         tar.fileobj.seek(tar.offset)
         if tar.fileobj.read(512) != bytes(512): raise tarfile.ReadError("no end mark")      # cut between two members
     if key: yield n + 1, row
@@ -226,8 +230,8 @@ def _weight(x) -> float:
     return float(x)
 
 def _constraints(x) -> tuple:
-    good = isinstance(x, list) and all(isinstance(c, dict) and isinstance(c.get("kind"), str) and isinstance(c.get("params", {}), dict) for c in x)
-    if not good: raise ValueError(f"expected a list of {{kind: ..., params: {{...}}}}, got {_short(x)}")
+    fits = lambda c: isinstance(c, dict) and isinstance(c.get("kind"), str) and isinstance(c.get("params", {}), dict)
+    if not isinstance(x, list) or not all(map(fits, x)): raise ValueError(f"expected a list of {{kind: ..., params: {{...}}}}, got {_short(x)}")
     return tuple(Constraint(c["kind"], c.get("params", {})) for c in x)
 
 def _solution(x) -> str:
@@ -238,8 +242,9 @@ def _solution(x) -> str:
     if answer is None: raise ValueError(why)
     return answer
 
-FIELDS: dict[str, Callable] = dict(id=_word, task=_text, text=_text, image=None, reference=None, question=_text, answer=_solution, choices=_texts,
-                                   form=_text, constraints=_constraints, category=_text, key_phrases=_texts, fact=_text, pair_id=_word, weight=_weight)
+FIELDS: dict[str, Callable] = dict(      # None: a picture
+    id=_word, task=_text, text=_text, image=None, reference=None, question=_text, answer=_solution, choices=_texts, form=_text,
+    constraints=_constraints, category=_text, key_phrases=_texts, fact=_text, pair_id=_word, weight=_weight)
 NEEDS = dict(generate=("text",), answer=("text", "answer"), edit=("text", "image"), joint=("text", "image", "question", "answer"))
 
 # %% ../../nbs/41_data.readers.ipynb #choices
@@ -262,7 +267,9 @@ def check_choice(values: dict, columns: dict, form: str) -> None:
     asked = values.get("question") or values["text"]
     if form.upper() == "MC" and not values.get("choices"):
         values["choices"] = options_in(asked)
-        if not values["choices"]: raise BadRow(columns["question" if values.get("question") else "text"], "a multiple-choice question without options 'A. …', 'B. …'")
+        if not values["choices"]:
+            where = columns["question" if values.get("question") else "text"]
+            raise BadRow(where, "a multiple-choice question without options 'A. …', 'B. …'")
     elif len(values["answer"]) == 1 and not values.get("choices"):      # a letter: of options in the text?
         found = options_in(asked)
         if ord(values["answer"].upper()) - ord("A") in range(len(found)): values["choices"] = found
@@ -333,7 +340,8 @@ class Reader:
         from pyarrow import ArrowException
         try: yield from ROWS[file.suffix.lower()](file, reading)
         except (ArrowException, tarfile.TarError, OSError, EOFError) as e:
-            raise UserError(f"{file} is damaged or cut short ({str(e).strip() or type(e).__name__}), so nobody knows how many rows it had. Copy it again") from e
+            raise UserError(f"{file} is damaged or cut short ({str(e).strip() or type(e).__name__}), so nobody knows how many rows "
+                            "it had. Copy it again") from e
 
     def prompts(self, row: dict | BadRow, tasks: tuple, root: Path, where: str, reading: Reading) -> list[Prompt]:
         "What a row becomes: one prompt, none if its task was not asked for, or one for each task of an authors' row."
@@ -346,6 +354,7 @@ class Reader:
             for f in NEEDS[task]:
                 if f not in values: raise BadRow(columns[f], f"missing. The row has: {', '.join(map(str, row)) or 'nothing'}")
             base = values.get("id", where.replace(", row ", "/"))
+            if "<answer>" in str(full := row.get(columns.get("answer"))): values["solution"] = full
             own = {} if self.schema is PLAIN else {"id": f"{base}/{task}"} | ({"pair_id": base} if len(wanted) > 1 else {})
             out.append(make_prompt(task, values | {"id": base} | own, columns, self.form, where))
         return out
@@ -388,7 +397,8 @@ def make_prompt(task: str, values: dict, columns: dict, form: str, where: str) -
     if "answer" in values: check_choice(values, columns, form)
     if task == "generate": values.setdefault("reference", values.pop("image", None))
     if task == "joint": values.setdefault("reference", values["image"])
-    return FilePrompt(task=task, meta={"row": where}, **values)
+    meta = {"row": where} | ({"solution": values.pop("solution")} if "solution" in values else {})
+    return FilePrompt(task=task, meta=meta, **values)
 
 def _once(prompts: list, where: str, seen: dict) -> list:
     "The same prompts, if their ids are new."

@@ -115,6 +115,7 @@ def own_outputs(prompts: list[Prompt], rng: np.random.Generator) -> tuple[list, 
     for p in prompts:
         if (p.answer if p.task == "answer" else p.reference) is None:
             raise UserError(f"prompt {p.id!r} has no {'answer' if p.task == 'answer' else 'reference'}, so nothing can be learned from it as given")
-    return [p.answer if p.task in ("answer", "joint") else None for p in prompts], [None if p.task == "answer" else p.reference for p in prompts]
+    said = lambda p: p.meta.get("solution", p.answer)          # with its reasoning, if the data has it
+    return [said(p) if p.task in ("answer", "joint") else None for p in prompts], [None if p.task == "answer" else p.reference for p in prompts]
 
 OUTPUTS = {"shapes": shapes_outputs}        # source -> (prompts, rng) -> (texts, images); other sources: `own_outputs`

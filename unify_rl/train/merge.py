@@ -87,12 +87,14 @@ def merge_tensor(
     "One tensor of the merged model."
     if not base.is_floating_point():
         if all(t.dtype == base.dtype and torch.equal(base, t) for t in tensors): return base
-        raise UserError(f"the tensor {name} holds {base.dtype}, not real numbers, and differs between the policies: it cannot be merged")
+        raise UserError(f"the tensor {name} holds {base.dtype}, not real numbers, and differs between the policies: "
+                        "it cannot be merged")
     if not base.numel(): return base
     kind = torch.float64 if base.dtype == torch.float64 else torch.float32
     base_, deltas = base.to(kind), [t.to(kind) - base.to(kind) for t in tensors]
     merged = base_ + rule(deltas)
-    if not merged.isfinite().all(): raise UserError(f"the merged tensor {name} is not finite. Are the policies' own weights? (unify_rl eval --policy FOLDER)")
+    if not merged.isfinite().all():
+        raise UserError(f"the merged tensor {name} is not finite. Are the policies' own weights? (unify_rl eval --policy FOLDER)")
     return merged.to(base.dtype)
 
 # %% ../../nbs/57_train.merge.ipynb #fit
@@ -110,20 +112,25 @@ def tensor_files(folder: Path) -> dict[str, tuple]:     # name -> (file, shape, 
 def check_fit(base: Path, policy: Path, own: dict, others: dict) -> None:
     "Refuse a policy that is not a child of the base, by the first thing that does not fit."
     kinds = [read_json(f/"config.json").get("model_type") for f in (base, policy)]
-    if kinds[0] != kinds[1]: raise UserError(f"{policy} is a {kinds[1]}, but the base {base} is a {kinds[0]}: different architectures cannot be merged")
+    if kinds[0] != kinds[1]:
+        raise UserError(f"{policy} is a {kinds[1]}, but the base {base} is a {kinds[0]}: different architectures cannot be merged")
     lost, new = [k for k in own if k not in others], [k for k in others if k not in own]
     if lost or new:
         k, where, lacks = (lost[0], base, policy) if lost else (new[0], policy, base)
-        raise UserError(f"{policy} and the base {base} have different tensors ({len(lost)} missing, {len(new)} more): {k} is in {where} but not in {lacks}")
+        raise UserError(f"{policy} and the base {base} have different tensors ({len(lost)} missing, {len(new)} more): "
+                        f"{k} is in {where} but not in {lacks}")
     for k in own:
         if own[k][1] != others[k][1]:
-            raise UserError(f"the tensor {k} is {others[k][1]} in {policy}, but {own[k][1]} in the base {base}: these are models of different sizes")
+            raise UserError(f"the tensor {k} is {others[k][1]} in {policy}, but {own[k][1]} in the base {base}: "
+                            "these are models of different sizes")
 
 def check_output(out: Path, inputs: list[Path]) -> None:
     "Refuse to write over anything."
     for folder in inputs:
-        if out.resolve() == folder.resolve(): raise UserError(f"{out} is one of the inputs; the merged policy needs a folder of its own")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())): raise UserError(f"{out} is there already and not empty; choose another folder")
+        if out.resolve() == folder.resolve():
+            raise UserError(f"{out} is one of the inputs; the merged policy needs a folder of its own")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is there already and not empty; choose another folder")
 
 def rule_of(method: str, settings: dict) -> Callable:
     "A method with its settings, checked."
@@ -156,8 +163,8 @@ def merge_policies(
     for folder in folders: check_folder(folder)
     where = [tensor_files(folder) for folder in folders]
     for folder, files in zip(folders[1:], where[1:]): check_fit(folders[0], folder, where[0], files)
-    done = dict(method=method, settings=settings, base=os.fspath(base), policies=[os.fspath(p) for p in policies], tensors=len(where[0]),
-                changed=0, other_types=sum(any(w[k][2] != where[0][k][2] for w in where) for k in where[0]))
+    done = dict(method=method, settings=settings, base=os.fspath(base), policies=[os.fspath(p) for p in policies],
+                tensors=len(where[0]), changed=0, other_types=sum(any(w[k][2] != where[0][k][2] for w in where) for k in where[0]))
     tmp = out.with_name(f".tmp-{out.name}")
     try:
         shutil.rmtree(tmp, ignore_errors=True)
@@ -171,7 +178,8 @@ def merge_policies(
         (tmp/"merge.json").write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
         if out.exists(): out.rmdir()
         tmp.rename(out)
-    except OSError as e: raise UserError(f"cannot write {out}: {e.strerror or e}. Free some space, or choose another folder") from e
+    except OSError as e:
+        raise UserError(f"cannot write {out}: {e.strerror or e}. Free some space, or choose another folder") from e
     finally: shutil.rmtree(tmp, ignore_errors=True)
     return done
 
