@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Callable, Sequence
@@ -14,8 +15,8 @@ from typing import Callable, Sequence
 from .core import UserError
 
 # %% auto #0
-__all__ = ['Parser', 'train_manual', 'recipe_list', 'parser', 'train', 'evaluate', 'pretrain', 'suite_scores', 'score_table',
-           'parse', 'main']
+__all__ = ['Parser', 'train_manual', 'recipe_list', 'parser', 'train', 'evaluate', 'pretrain', 'merge', 'suite_scores',
+           'score_table', 'parse', 'main']
 
 # %% ../nbs/80_cli.ipynb #parser
 class Parser(argparse.ArgumentParser):
@@ -53,7 +54,7 @@ def recipe_list() -> str:
     return "\n".join(f"  {name:12} {comment(first(name))}".rstrip() for name in recipes())
 
 def parser() -> Parser:
-    "The four verbs and their options."
+    "The five verbs and their options."
     from unify_rl import __version__
     p = Parser(prog="unify_rl", description="Reinforcement learning for unified multimodal models.",
                epilog="examples\n  unify_rl train grpo steps=20\n  unify_rl eval --policy runs/grpo-tiny-janus-s0/policy\n"
@@ -89,6 +90,15 @@ def parser() -> Parser:
     v.add_argument("--seed", type=int, default=0, metavar="S", help="default: %(default)s")
     v.add_argument("--out", metavar="DIR", help="folder for the model; default: runs/NAME")
     v.add_argument("--steps", type=int, metavar="N", help="steps of the last stage; default: the recipe's")
+
+    v = verb("merge", merge, "merge policies that were trained from one base")
+    v.add_argument("policies", nargs="+", metavar="POLICY", help="two or more: shipped names, folders, or hub names")
+    v.add_argument("--base", metavar="P", required=True, help="the policy that they were trained from")
+    v.add_argument("--out", metavar="DIR", required=True, help="a new folder for the merged policy")
+    v.add_argument("--method", metavar="M", default="gaussian", help="gaussian, average, norm or sum; default: %(default)s")
+    v.add_argument("--width", type=float, metavar="L", help="gaussian: standard deviations that are common; default: 2")
+    v.add_argument("--overlap", metavar="O", help="gaussian: what is special in all: add (default, as the authors) or mean")
+    v.add_argument("--scale", type=float, metavar="S", help="sum: of the differences; default: 1")
 
     verb("recipes", lambda args: print(recipe_list()), "list the recipes")
     return p
@@ -138,6 +148,19 @@ def pretrain(args) -> None:
         raise KeyboardInterrupt("interrupted; the same command continues from the last checkpoint") from None
     test = f"test it     unify_rl eval --policy {out}\n" if (out/"config.json").exists() else ""       # a referee is no policy
     screen.say(f"{args.name} is in {out}\n{test}ship it     copy the folder to unify_rl/assets/{args.name}")
+
+def merge(args) -> None:
+    "`unify_rl merge`"
+    from unify_rl.run import Screen
+    from unify_rl.train.merge import merge_policies
+    settings = {k: getattr(args, k) for k in ("width", "overlap", "scale") if getattr(args, k) is not None}
+    screen = Screen()
+    with screen.bar("merging") as bar:
+        track = lambda n, total, name: bar(n, total, f"merging {name}")
+        done = merge_policies(args.base, args.policies, args.out, args.method, track, **settings)
+    other = f", {done['other_types']} of them from other number types than the base's" if done["other_types"] else ""
+    screen.say(f"merged {done['tensors']} tensors{other}; {done['changed']} differ from the base\npolicy  {args.out}\n"
+               f"next    unify_rl eval --policy {shlex.quote(args.out)}")
 
 # %% ../nbs/80_cli.ipynb #scores
 def suite_scores(result) -> dict:

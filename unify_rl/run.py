@@ -21,7 +21,7 @@ from typing import Any, get_type_hints
 import torch
 
 from .core import Prompt, UserError, seed_for
-from .data.stream import PromptStream, load_prompts
+from .data.stream import PromptStream, Reading, dict_count, load_prompts
 from .evaluate.suites import Result, compare, evaluate, load_suite, table
 from .inspect.report import summary_table, write_report
 from .policies.base import Policy
@@ -264,20 +264,28 @@ def _load_rewards(cfg: Config, rewards: list | None) -> tuple:
     if not rewards: raise UserError("rewards=[] leaves nothing to learn from; give one, or leave it out for the recipe's")
     return [r for r, _ in _pairs(rewards)], torch.tensor([w for _, w in _pairs(rewards)], dtype=torch.float64)
 
-def _load_prompts(cfg: Config, prompts: list | None) -> list[Prompt]:
-    if prompts is not None: return prompts
+def _load_prompts(cfg: Config, prompts: list | None, screen: Screen) -> tuple[list[Prompt], Reading]:
+    "The prompts, and what was read and left out on the way."
+    reading = Reading(cfg.data.on_bad_row, cfg.data.max_pixels, cfg.data.columns)
+    if prompts is not None: return prompts, reading
     if cfg.data.source.startswith("given-"):
         raise UserError("this run was started with prompts=[...] from Python; give the same ones to continue it")
     tasks = tuple(t for t, share in cfg.data.tasks.items() if share > 0)
-    return load_prompts(cfg.data.source, cfg.data.split, tasks, cfg.data.path)
+    with screen.bar("reading the data") as reading.track:
+        found = load_prompts(cfg.data.source, cfg.data.split, tasks, cfg.data.path, reading)
+    if n := len(reading.skipped):
+        screen.say(f"{n} of {reading.rows} rows of the data do not fit and are left out. The first: {reading.skipped[0]}",
+                   style="yellow")
+    return found, reading
 
-def _prepare(cfg: Config, resume: bool, prompts: list | None, rewards: list | None) -> Trainer:
+def _prepare(cfg: Config, resume: bool, prompts: list | None, rewards: list | None, screen: Screen) -> Trainer:
     "Everything a run needs, checked; the run folder is made last."
     if cfg.threads: torch.set_num_threads(cfg.threads)
     torch.manual_seed(seed_for(cfg.seed, "run"))
     for name in cfg.evaluate.suites: load_suite(name, cfg.evaluate.prompts)
     reward_list, weights_R = _load_rewards(cfg, rewards)
-    stream = PromptStream(_load_prompts(cfg, prompts), cfg.data.tasks, cfg.seed)
+    found, reading = _load_prompts(cfg, prompts, screen)
+    stream = PromptStream(found, cfg.data.tasks, cfg.seed)
     check_prompts([p for pool in stream.pools.values() for p in pool], reward_list)
     policy = load_policy(cfg.policy)
     policy.check_tasks([pool[0] for pool in stream.pools.values()])
@@ -288,6 +296,8 @@ def _prepare(cfg: Config, resume: bool, prompts: list | None, rewards: list | No
         if not resume: shutil.rmtree(log.dir, ignore_errors=True)          # it was empty before
         raise
     write_aside(log.dir/"config.yaml", to_yaml(cfg))
+    data = dict(prompts=dict_count(found), rows=reading.rows, skipped=len(reading.skipped), why=reading.skipped[:20])
+    write_aside(log.dir/"data.json", json.dumps(data, indent=1) + "\n")
     return trainer
 
 # %% ../nbs/75_run.ipynb #finish
@@ -310,7 +320,8 @@ def _finish(cfg: Config, log: RunLog, before: dict, after: dict, screen: Screen)
     suites = {name: compare(before[name], after[name]) for name in before}
     seconds = sum(v for m in read_metrics(log.dir) for k, v in m.items() if k.startswith("seconds/"))
     named = {k: getattr(cfg, k) for k in ("recipe", "policy", "seed", "steps")}
-    write_summary(log.dir, named | dict(seconds=seconds, suites=suites))
+    data = {k: v for k, v in json.loads((log.dir/"data.json").read_bytes()).items() if k != "why"}
+    write_summary(log.dir, named | dict(data=data, seconds=seconds, suites=suites))
     report, folder = write_report(log.dir), shlex.quote(str(log.dir))
     if suites: screen.say(table(suites))
     screen.say(f"{cfg.steps} steps in {clock(seconds)}\nreport  {report}\npolicy  {log.dir/'policy'}\n"
@@ -353,7 +364,7 @@ def train(
     cfg = (resumed_config if resume else load_config)(recipe, policy, config_file, given)
     screen.say(to_yaml(cfg), style="dim")
     with quiet():
-        try: _stages(cfg, _prepare(cfg, resume, prompts, rewards), resume, screen)
+        try: _stages(cfg, _prepare(cfg, resume, prompts, rewards, screen), resume, screen)
         except KeyboardInterrupt: raise KeyboardInterrupt(f"interrupted; continue with\n  {resume_command(cfg)}") from None
     return Run(cfg.run_dir)
 

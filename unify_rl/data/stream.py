@@ -5,7 +5,10 @@
 # %% ../../nbs/40_data.stream.ipynb #imports
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from functools import lru_cache
+from importlib import import_module
+from typing import Callable
 
 import numpy as np
 
@@ -15,7 +18,8 @@ from ..world.questions import question_prompts, reply
 from ..world.scenes import World, render_batch
 
 # %% auto #0
-__all__ = ['SOURCES', 'OUTPUTS', 'PromptStream', 'dict_count', 'shapes_prompts', 'load_prompts', 'shapes_outputs', 'own_outputs']
+__all__ = ['SOURCES', 'MODULES', 'OUTPUTS', 'PromptStream', 'dict_count', 'shapes_prompts', 'Reading', 'load_prompts',
+           'shapes_outputs', 'own_outputs']
 
 # %% ../../nbs/40_data.stream.ipynb #stream
 class PromptStream:
@@ -65,17 +69,36 @@ def shapes_prompts(split: str, tasks: tuple, path: str = "", questions: int = 40
     make = dict(generate=lambda: draw_prompts(split), answer=lambda: question_prompts(split, questions), edit=lambda: edit_prompts(split, questions))
     return [p for t in tasks for p in make.get(t, list)()]
 
-SOURCES = {"shapes": shapes_prompts}
+@dataclass
+class Reading:
+    "How files of data are read; and afterwards, what did not fit."
+    on_bad_row: str = "stop"                        # 'stop' at the first row that does not fit; 'skip': leave it out and count it
+    max_pixels: int = 2**24                         # a picture with more is not decoded
+    columns: dict = field(default_factory=dict)     # our field -> the data's name for it
+    track: Callable | None = None                   # (files done, files, what) for a progress bar
+    rows: int = 0                                   # rows read
+    skipped: list = field(default_factory=list)     # one message for each row left out
+
+    def bad(self, message: str) -> None:
+        "A row does not fit."
+        if self.on_bad_row == "stop": raise UserError(f"{message}. Mend the row, or leave such rows out: data.on_bad_row=skip")
+        self.skipped.append(message)
+
+SOURCES: dict[str, Callable] = {"shapes": shapes_prompts}       # name -> (split, tasks, path) -> prompts
+MODULES = {name: "unify_rl.data.readers" for name in ("jsonl", "parquet", "webdataset", "huggingface", "x2x_rft_22k",
+                                                      "x2x_rft_16k", "mcot_r1_mcq", "mcot_r1_vqa")}
 
 def load_prompts(
-    source: str,            # a name in SOURCES
-    split: str,             # 'train' or 'test'
-    tasks: tuple,           # which tasks
-    path: str = "",         # for sources that read files
+    source: str,                        # a name in SOURCES or MODULES
+    split: str,                         # 'train' or 'test'
+    tasks: tuple,                       # which tasks
+    path: str = "",                     # for sources that read files
+    reading: Reading | None = None,     # how they are read
 ) -> list[Prompt]:
-    "The prompts of a source."
-    if source not in SOURCES: raise UserError(f"unknown data source {source!r}. {nearest(source, SOURCES)}")
-    return SOURCES[source](split, tasks, path)
+    "The prompts of a source; readers of files are imported when they are asked for."
+    if source not in (known := [*SOURCES, *MODULES]): raise UserError(f"unknown data source {source!r}. {nearest(source, known)}")
+    if source in SOURCES: return SOURCES[source](split, tasks, path)
+    return import_module(MODULES[source]).SOURCES[source](split, tasks, path, reading or Reading())
 
 # %% ../../nbs/40_data.stream.ipynb #given
 def shapes_outputs(prompts: list[Prompt], rng: np.random.Generator, wrong: float = 0.5, terse: float = 0.8) -> tuple[list, list]:
@@ -92,6 +115,7 @@ def own_outputs(prompts: list[Prompt], rng: np.random.Generator) -> tuple[list, 
     for p in prompts:
         if (p.answer if p.task == "answer" else p.reference) is None:
             raise UserError(f"prompt {p.id!r} has no {'answer' if p.task == 'answer' else 'reference'}, so nothing can be learned from it as given")
-    return [p.answer if p.task in ("answer", "joint") else None for p in prompts], [None if p.task == "answer" else p.reference for p in prompts]
+    said = lambda p: p.meta.get("solution", p.answer)          # with its reasoning, if the data has it
+    return [said(p) if p.task in ("answer", "joint") else None for p in prompts], [None if p.task == "answer" else p.reference for p in prompts]
 
 OUTPUTS = {"shapes": shapes_outputs}        # source -> (prompts, rng) -> (texts, images); other sources: `own_outputs`

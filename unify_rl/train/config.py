@@ -23,10 +23,13 @@ __all__ = ['SCIENTIFIC', 'AT_LEAST', 'ABOVE_0', 'BELOW_1', 'MAY_BE_INFINITE', 'W
 @dataclass
 class DataConfig:
     "where prompts come from"
-    source: str = "shapes"                      # the shapes world, or the name of a reader
+    source: str = "shapes"                      # the shapes world, or a reader: jsonl, parquet, webdataset, huggingface, x2x_rft_22k, ...
     split: str = "train"                        # which part of it is trained on
     tasks: dict[str, float] = field(default_factory=lambda: {"generate": 1.0})    # task -> its share of the prompts
     path: str = ""                              # file or folder of the data, for sources that need one
+    on_bad_row: Literal["stop", "skip"] = "stop"               # a row does not fit: stop, or leave it out and count it
+    max_pixels: int = 16777216                  # a picture with more pixels is not decoded, and its row does not fit
+    columns: dict[str, str] = field(default_factory=dict)     # our fields by the names the data has for them, e.g. {text: caption}
 
 @dataclass
 class RolloutConfig:
@@ -228,7 +231,7 @@ AT_LEAST = {    # smallest value -> keys
         "optimizer.beta1", "optimizer.beta2", "optimizer.warmup", "model.lora_rank", "model.experts", "log.groups_every", "log.groups_max",
         "checkpoint.every", "evaluate.cfg", "objective.teacher_layer"),
     1: ("steps", "rollout.prompts", "rollout.max_text", "objective.updates", "optimizer.micro_batch", "model.logp_chunk", "model.top_k",
-        "checkpoint.keep", "evaluate.prompts", "evaluate.batch", "rollout.group_size")}
+        "checkpoint.keep", "evaluate.prompts", "evaluate.batch", "rollout.group_size", "data.max_pixels")}
 ABOVE_0 = ("rollout.temperature", "rollout.top_p", "advantage.eps", "optimizer.lr", "optimizer.grad_norm", "model.lora_alpha",
            "evaluate.temperature")
 BELOW_1 = ("optimizer.beta1", "optimizer.beta2")
