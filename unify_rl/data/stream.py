@@ -10,7 +10,7 @@ from functools import lru_cache
 import numpy as np
 
 from ..core import Prompt, UserError, nearest, rng_for
-from ..world.prompts import captioned, draw_prompts, edit_prompts
+from ..world.prompts import captioned, draw_prompts, edit_prompts, with_references
 from ..world.questions import question_prompts, reply
 from ..world.scenes import World, render_batch
 
@@ -62,7 +62,7 @@ def dict_count(prompts: list[Prompt]) -> dict:
 # %% ../../nbs/40_data.stream.ipynb #sources
 def shapes_prompts(split: str, tasks: tuple, path: str = "", questions: int = 4096) -> list[Prompt]:
     "Prompts of the shapes world for the given tasks."
-    make = dict(generate=lambda: draw_prompts(split), answer=lambda: question_prompts(split, questions), edit=lambda: edit_prompts(split, questions))
+    make = dict(generate=lambda: with_references(draw_prompts(split)), answer=lambda: question_prompts(split, questions), edit=lambda: edit_prompts(split, questions))
     return [p for t in tasks for p in make.get(t, list)()]
 
 SOURCES = {"shapes": shapes_prompts}
