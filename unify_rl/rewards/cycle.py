@@ -38,7 +38,7 @@ __all__ = ['LPIPS', 'PLACE_WORDS', 'PREPOSITIONS', 'SAME', 'CONVERSE', 'COPULA',
 # %% ../../nbs/33_rewards.cycle.ipynb #distance
 def layer_distance(real_LBPC: list, drawn_LBPC: list) -> Tensor:
     "[B]: LPIPS's formula with equal weights, 1 - cosine averaged over places and layers, from one [B, P, C] a layer."
-    return torch.stack([(1 - F.cosine_similarity(a, b, dim=-1)).mean(-1) for a, b in zip(real_LBPC, drawn_LBPC)]).mean(0)
+    return torch.stack([(1 - F.cosine_similarity(a, b, dim=-1)).mean(-1) for a, b in zip(real_LBPC, drawn_LBPC)]).mean(0).clamp(min=0)
 
 # %% ../../nbs/33_rewards.cycle.ipynb #trunk
 def prepared(images: list, prepare: Callable) -> Tensor:
@@ -285,6 +285,8 @@ def is_policy(name: str) -> bool:
 
 def load_vlm(name: str, role: str, device: str = "cpu") -> tuple:
     "(model, processor) of an image-text-to-text model of transformers, by folder or hub name."
+    if "/" not in name and not Path(name).is_dir():
+        raise UserError(f"unknown {role} {name!r}: no policy of this package, no folder, and no hub name (owner/name). {nearest(name, policies())}")
     from transformers import AutoModelForImageTextToText, AutoProcessor
     try: model, processor = AutoModelForImageTextToText.from_pretrained(name), AutoProcessor.from_pretrained(name)
     except Exception as e:
