@@ -13,8 +13,8 @@ from typing import Callable
 import numpy as np
 
 from ..core import Prompt, UserError, nearest, rng_for
-from ..world.prompts import captioned, draw_prompts, edit_prompts
-from ..world.questions import question_prompts, reply
+from ..world.prompts import captioned, draw_prompts, edit_prompts, with_references
+from ..world.questions import joint_prompts, question_prompts, reply
 from ..world.scenes import World, render_batch
 
 # %% auto #0
@@ -66,7 +66,8 @@ def dict_count(prompts: list[Prompt]) -> dict:
 # %% ../../nbs/40_data.stream.ipynb #sources
 def shapes_prompts(split: str, tasks: tuple, path: str = "", questions: int = 4096) -> list[Prompt]:
     "Prompts of the shapes world for the given tasks."
-    make = dict(generate=lambda: draw_prompts(split), answer=lambda: question_prompts(split, questions), edit=lambda: edit_prompts(split, questions))
+    make = dict(generate=lambda: with_references(draw_prompts(split)), answer=lambda: question_prompts(split, questions), edit=lambda: edit_prompts(split, questions),
+                joint=lambda: joint_prompts(split, questions))
     return [p for t in tasks for p in make.get(t, list)()]
 
 @dataclass
@@ -103,12 +104,13 @@ def load_prompts(
 # %% ../../nbs/40_data.stream.ipynb #given
 def shapes_outputs(prompts: list[Prompt], rng: np.random.Generator, wrong: float = 0.5, terse: float = 0.8) -> tuple[list, list]:
     "(texts, images) for prompts of the shapes world, of which a share is wrong or terse."
-    world, drawn = World(), [p for p in prompts if p.task == "generate"]
+    world, drawn = World(), [p for p in prompts if p.task in ("generate", "joint")]
     made = iter(render_batch(captioned(drawn, world, rng, wrong), world) if drawn else ())
     edited = lambda p: p.image if rng.random() < wrong else p.reference
-    images = [next(made) if p.task == "generate" else edited(p) if p.task == "edit" else None for p in prompts]
+    images = [next(made) if p.task in ("generate", "joint") else edited(p) if p.task == "edit" else None for p in prompts]
     how = ["terse" if rng.random() < terse else "focused" for _ in prompts]
-    return [reply(p, world, h) if p.task == "answer" else None for p, h in zip(prompts, how)], images
+    asked = [p.meta["question"] if p.task == "joint" else p if p.task == "answer" else None for p in prompts]
+    return [reply(q, world, h) if q else None for q, h in zip(asked, how)], images
 
 def own_outputs(prompts: list[Prompt], rng: np.random.Generator) -> tuple[list, list]:
     "(texts, images) that prompts bring along."

@@ -72,6 +72,16 @@ class Policy(nn.Module):
         "Replace hard routing by a learned router, where there is routing."
         raise UserError(f"{self.name} has no experts to route to: model.experts is for Mixture-of-Transformers policies")
 
+    def say(self, prompts: list[Prompt], max_text: int = 64, without: tuple = (), until: str = "") -> list[str]:
+        "The most likely answers as plain text, never with the words `without`, ending with the word `until` if it comes; for judges, not for training."
+        if without: raise UserError(f"{self.name} cannot keep the words {', '.join(without)} out of its answers")
+        texts = self.sample(prompts, 1, temperature=0.0, max_text=max_text).texts
+        return [t[:t.index(until) + len(until)] if until and until in t else t for t in texts]
+
+    def token_states(self, images: list, texts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+        "The model's own representation of pictures and texts: (states [B, T, d], which tokens count [B, T], which of them are of the picture [B, T])."
+        raise UserError(f"{self.name} has no common states of a picture's and a text's tokens, which the reward 'tim' compares")
+
     @property
     def device(self) -> torch.device: return next(self.parameters()).device
 

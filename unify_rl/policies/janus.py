@@ -137,8 +137,10 @@ class JanusPolicy(Policy):
 
     def _context(self, texts: list[str], images: list | None = None) -> dict:
         "Token ids, mask and picture features of the prompts, left-padded."
+        return self._pad_left(self.tokenizer(texts)["input_ids"], images)
+
+    def _pad_left(self, rows: list[list[int]], images: list | None) -> dict:
         tok, image_id = self.tokenizer, self.janus.config.image_token_id
-        rows = tok(texts)["input_ids"]
         if images is not None:
             wrap = [tok.convert_tokens_to_ids(tok.boi_token)] + [image_id] * self.processor.num_image_tokens + [tok.convert_tokens_to_ids(tok.eoi_token)]
             rows = [sum(([t] if t != image_id else wrap for t in r), []) for r in rows]
@@ -250,3 +252,31 @@ class JanusPolicy(Policy):
                 mask = torch.tensor([[True] * len(r) + [False] * (T - len(r)) for r in rows], device=dev)
             parts.append(Part(kind, torch.tensor(which, device=dev), actions, mask, make([prompts[i] for i in which]), torch.arange(len(which), device=dev)))
         return Rollout(prompts, 1, parts, list(texts), list(images))
+
+    # -- for judges that see through the policy's eyes
+    @torch.no_grad()
+    def say(self, prompts, max_text=64, without=(), until=""):
+        "The most likely answers as plain text (see `Policy`)."
+        tok, lm, (embed, head) = self.tokenizer, self.janus.model.language_model, self._ends("text")
+        never, stop, eos = (torch.tensor(tok.convert_tokens_to_ids(x), dtype=torch.long, device=self.device) for x in (list(without), until or tok.eos_token, tok.eos_token))
+        context = self._answer_context(prompts)
+        self._check_length(prompts, context["mask"], max_text)
+        allowed = lambda x: head(x).index_fill(-1, never, -torch.inf)
+        tokens = sample_tokens(lm, encode_prefix(lm, self._embed(context), context["mask"]), 1, embed, allowed, max_text, temperature=0.0,
+                               stop=int(stop), pad=tok.pad_token_id).tokens_BT
+        ended = (tokens == eos).cumsum(1) - (tokens == eos).long() > 0
+        return self._show("text", tokens.masked_fill(ended, tok.pad_token_id))
+
+    def token_states(self, images, texts):
+        "Last hidden states of a picture, read through the understanding tower, and of the text after it (see `Policy`)."
+        tok, lm = self.tokenizer, self.janus.model.language_model
+        first = tok(self.template.partition("{}")[0] + tok.image_token + "\n")["input_ids"]
+        words = [tok(t, add_special_tokens=False)["input_ids"] for t in texts]
+        context = self._pad_left([first + w for w in words], images)
+        mask, P = context["mask"], context["mask"].shape[1]
+        if P > (limit := self.janus.config.text_config.max_position_embeddings):
+            raise UserError(f"a picture and the text {max(texts, key=len)[:40]!r}… are {P} tokens, more than the context of {limit}")
+        is_text = torch.arange(P, device=self.device) >= P - torch.tensor([len(w) for w in words], device=self.device)[:, None]
+        is_image = context["ids"] == self.janus.config.image_token_id
+        states = lm(inputs_embeds=self._embed(context), attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), use_cache=False).last_hidden_state
+        return states, is_text | is_image, is_image

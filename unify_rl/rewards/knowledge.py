@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from ..core import Prompt, Rollout, Scores, UserError, nearest
 from ..policies.base import Policy
 from ..policies.load import load_policy, policies
+from .cycle import load_vlm
 from .verifiable import Reward
 from ..world.scenes import COLORS, SHAPES
 
@@ -104,12 +105,7 @@ def load_judge(name: str, wording: Wording, device: str = "cpu") -> Callable:
         policy = load_policy(name).to(device)
         if "answer" not in policy.tasks: raise UserError(f"the policy {name} answers no questions, so it cannot judge")
         return PolicyJudge(policy, wording)
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-    try: model, processor = AutoModelForImageTextToText.from_pretrained(name), AutoProcessor.from_pretrained(name)
-    except Exception as e:
-        raise UserError(f"the judge {name!r} could not be loaded as an image-text-to-text model of transformers "
-                        f"({type(e).__name__}: {str(e).splitlines()[0]}). {nearest(name, policies())}") from e
-    return VlmJudge(model.to(device), processor, wording, name)
+    return VlmJudge(*load_vlm(name, "judge", device), wording, name)
 
 # %% ../../nbs/35_rewards.knowledge.ipynb #reward
 def knowledge_reward(judge: Callable, wording: Wording, batch: int = 64) -> Reward:

@@ -153,6 +153,7 @@ class Reward:
     cost: str = "cheap"                     # 'cheap' or 'model'
     check: Callable | None = None           # (prompt) -> None, or a `UserError` if it could never be judged; asked before a run
     covers: Callable | None = None          # (prompt) -> is it one this reward has something to say about? None: all of its tasks
+    attach: Callable | None = None          # (policy) -> None: for a judge that sees through the policy's own states; called once, before the first step
     learner: Any = None                     # one that changes the judge as the policy trains: learn(prompts_B, rollout) -> dict, state_dict, load_state_dict
 
     def __call__(self, prompts_B: list, rollout: Rollout) -> Scores: return self.judge(prompts_B, rollout)
@@ -244,7 +245,8 @@ REWARDS: dict[str, Callable] = dict(
     given=lambda eyes: per_sample("given", lambda prompt, text, image: (1.0, "as the data has it")),
 )
 
-MODULES = dict(semantic="unify_rl.rewards.siglip", grounding="unify_rl.rewards.siglip", knowledge="unify_rl.rewards.knowledge")
+MODULES = dict(semantic="unify_rl.rewards.siglip", grounding="unify_rl.rewards.siglip", knowledge="unify_rl.rewards.knowledge",
+               cycle="unify_rl.rewards.cycle", tim="unify_rl.rewards.tim")
 
 def make_reward(name: str, settings: dict, eyes: Eyes) -> Reward:
     "A reward by name, with its own settings; those that need a model are imported when they are asked for."

@@ -71,6 +71,8 @@ class Trainer:
         else: policy.train_only(cfg.model.train or list(policy.trains))
         self.betas = {kind: cfg.objective.betas.get(kind, cfg.objective.beta) for kind in ("text", "image")}
         if any(self.betas.values()): policy.keep_reference()
+        for r in rewards:
+            if getattr(r, "attach", None): r.attach(policy)
         for name in policy.helpers: getattr(policy, name).requires_grad_(True)
         o = cfg.optimizer
         self.params = [p for p in policy.parameters() if p.requires_grad]

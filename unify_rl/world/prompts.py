@@ -5,6 +5,7 @@
 # %% ../../nbs/06_world.prompts.ipynb #imports
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from itertools import product
 
@@ -17,7 +18,7 @@ from .scenes import COLORS, PLACES, RELATIONS, SHAPES, Thing, World, place, rand
 __all__ = ['CATEGORIES', 'NUMBERS', 'OPENINGS', 'ENDINGS', 'TEMPLATES', 'SHAPE_CLUES', 'COLOR_CLUES', 'NUMBER_CLUES', 'RIDDLES',
            'EDITS', 'combinations', 'is_held_out', 'split_combinations', 'phrase', 'constraints', 'scene_for',
            'key_phrases', 'draw_prompt', 'draw_prompts', 'riddle_prompt', 'riddle_prompts', 'edit_prompt',
-           'edit_prompts', 'captioned']
+           'edit_prompts', 'captioned', 'with_references']
 
 # %% ../../nbs/06_world.prompts.ipynb #combos
 CATEGORIES = ("single_object", "two_objects", "counting", "colors", "position", "color_attribution")
@@ -233,3 +234,14 @@ def captioned(
         if rng.random() < wrong: source = by[p.category][rng.integers(len(by[p.category]))]
         scenes.append(scene_for(*(source.meta.get("plain") or (source.category, source.meta["combination"])), world, rng))
     return scenes
+
+# %% ../../nbs/06_world.prompts.ipynb #reference
+@lru_cache(maxsize=4096)
+def _real(category: str, c: tuple, world: World) -> np.ndarray:
+    picture = render(scene_for(category, c, world, rng_for("reference", category, c)), world)
+    picture.flags.writeable = False                 # it is shared by all prompts with this combination
+    return picture
+
+def with_references(prompts: list, world: World = World()) -> list:
+    "Drawing or riddle prompts, each with a real picture: one right scene for each combination."
+    return [replace(p, reference=_real(*(p.meta.get("plain") or (p.category, p.meta["combination"])), world)) for p in prompts]
