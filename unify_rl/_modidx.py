@@ -1215,6 +1215,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'unify_rl.world.questions._compare': ( 'world.questions.html#_compare',
                                                                                  'unify_rl/world/questions.py'),
                                           'unify_rl.world.questions._count': ('world.questions.html#_count', 'unify_rl/world/questions.py'),
+                                          'unify_rl.world.questions._different': ( 'world.questions.html#_different',
+                                                                                   'unify_rl/world/questions.py'),
                                           'unify_rl.world.questions._existence': ( 'world.questions.html#_existence',
                                                                                    'unify_rl/world/questions.py'),
                                           'unify_rl.world.questions._pick': ('world.questions.html#_pick', 'unify_rl/world/questions.py'),

@@ -146,8 +146,7 @@ class Trainer:
         "The optimizer steps on one rollout; returns mean statistics and per-sample ones."
         cfg, acc = self.cfg, self.accelerator
         weights, stats, rows = part_weights(parts, adv.valid_B, cfg.objective.average), defaultdict(float), {}
-        o, further = asdict(cfg.objective), cfg.objective.further
-        updates = [o.pop(k) for k in ("average", "betas", "exact", "further", "teacher", "teacher_layer", "updates")][-1]
+        o, further, updates = cfg.objective, cfg.objective.further, cfg.objective.updates
         for _ in range(updates):
             jobs = [(p, w, i) for p, w in zip(parts, weights) for i in self._useful(p, adv).split(cfg.optimizer.micro_batch) if len(i)]
             for k, (part, w, i) in enumerate(jobs):
@@ -156,7 +155,7 @@ class Trainer:
                     also = (*further, "kl") if "location" in piece.targets else tuple(further)
                     with acc.autocast(): logp, said = self.engine(piece, also) if also else (self.engine(piece), {})
                     loss, s = objective(logp, piece.logp_old, piece.logp_ref, w[i], adv.adv_B[piece.rows.cpu()].to(logp),
-                                        kl_BT=said.get("kl"), **o | dict(beta=self.betas[part.kind]))
+                                        o.clip_low, o.clip_high, self.betas[part.kind], o.kl, said.get("kl"))
                     for name in [k for k in further if k in said]:      # means over the piece, so its share of the batch makes them add up
                         s[name] = said[name].detach() * w[i].sum()
                         loss = loss + further[name] * said[name] * w[i].sum()

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -101,12 +102,15 @@ def question_prompt(kind: str, c: tuple, world: World, rng: np.random.Generator,
 
 def question_prompts(split: str, n: int, world: World = World(), seed: int = 0, kinds: tuple = KINDS) -> list:
     "`n` different questions of one side of the split, evenly over the kinds."
-    rng, out, seen = rng_for("questions", split, seed), [], set()
-    pools = {k: question_combinations(k, split, world.max_objects) for k in kinds}
+    return _different(n, split, kinds, world, rng_for("questions", split, seed), question_prompt)
+
+def _different(n: int, split: str, kinds: tuple, world: World, rng: np.random.Generator, make) -> list:
+    "`n` different prompts, evenly over the kinds; `make(kind, combination, world, rng, index)` may give None, then it is asked again."
+    out, seen, pools = [], set(), {k: question_combinations(k, split, world.max_objects) for k in kinds}
     while len(out) < n:
         kind = kinds[len(out) % len(kinds)]
-        p = question_prompt(kind, _pick(rng, pools[kind]), world, rng, len(out))
-        if (key := (p.text, p.image.tobytes())) not in seen: seen.add(key); out.append(p)
+        p = make(kind, _pick(rng, pools[kind]), world, rng, len(out))
+        if p and (key := (p.text, p.question, p.image.tobytes())) not in seen: seen.add(key); out.append(p)
     return out
 
 # %% ../../nbs/07_world.questions.ipynb #joint
@@ -125,7 +129,7 @@ def captions_of(scene: tuple, world: World) -> list:    # [(category, combinatio
     else: said = []
     return [(category, c) for category, c in said if c in combinations(category)]
 
-def joint_prompt(kind: str, c: tuple, split: str, world: World, rng: np.random.Generator, index: int = 0) -> Prompt | None:
+def joint_prompt(split: str, kind: str, c: tuple, world: World, rng: np.random.Generator, index: int = 0) -> Prompt | None:
     "A sentence to draw and a question about a real picture of it; None if no sentence of that split says what the picture shows."
     q = question_prompt(kind, c, world, rng, index)
     said = [(cat, k) for cat, k in captions_of(q.meta["scene"], world) if is_held_out(k) == (split == "test")]
@@ -136,13 +140,7 @@ def joint_prompt(kind: str, c: tuple, split: str, world: World, rng: np.random.G
 
 def joint_prompts(split: str, n: int, world: World = World(), seed: int = 0, kinds: tuple = KINDS) -> list:
     "`n` different joint prompts of one side of the split, evenly over the kinds of question."
-    rng, out, seen = rng_for("joint", split, seed), [], set()
-    pools = {k: question_combinations(k, split, world.max_objects) for k in kinds}
-    while len(out) < n:
-        kind = kinds[len(out) % len(kinds)]
-        p = joint_prompt(kind, _pick(rng, pools[kind]), split, world, rng, len(out))
-        if p and (key := (p.text, p.question, p.image.tobytes())) not in seen: seen.add(key); out.append(p)
-    return out
+    return _different(n, split, kinds, world, rng_for("joint", split, seed), partial(joint_prompt, split))
 
 # %% ../../nbs/07_world.questions.ipynb #worked
 REPLIES = ("terse", "listed", "focused")
