@@ -64,6 +64,22 @@ def test_two_updates_with_a_reference(tmp_path):
     assert first["objective/kl"] >= 0 and second["objective/kl"] > 0
 
 
+def test_what_sampling_does_not_record_the_first_update_does(tmp_path):
+    "Two updates with log-probabilities from sampling, and without: the same step; the second update sees ratios other than 1."
+    after, metrics = [], []
+    for record in (True, False):
+        t = trainer(tmp_path/str(record), dict(estimator="forward", steps=3), objective=dict(updates=2, clip_low=.001, clip_high=.001), optimizer=dict(lr=1e-2))
+        real = t._update
+        def update(parts, adv):
+            for p in parts:
+                if record and p.logp_old is None: p.logp_old = t.policy(p).detach()
+            return real(parts, adv)
+        t._update = update
+        metrics.append(t.step()); after.append(torch.cat([p.detach().flatten() for p in t.params]))
+    assert torch.allclose(*after, atol=1e-5) and metrics[1]["objective/ratio_mean"] != 1 and metrics[1]["objective/clip_fraction"] > 0
+    assert abs(metrics[0]["objective/clip_fraction"] - metrics[1]["objective/clip_fraction"]) < 1e-3
+
+
 def test_each_kind_of_action_has_its_own_kl(tmp_path):
     "A weight for pictures alone changes the step, keeps no reference log-probability of text, and equals `beta` where they agree."
     drawing, kl = dict(estimator="forward", steps=3), dict(updates=2, kl="k2")

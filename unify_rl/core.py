@@ -80,7 +80,7 @@ class Part:
     mask: Any                   # [b, T] bool: which actions count (False after the end of an answer)
     context: dict               # name -> tensor with one leading entry per context (prompt)
     context_index: Any          # [b] long: which context each row is conditioned on
-    logp_old: Any = None        # [b, T] log-probability when sampled; None for outputs that were given, not sampled
+    logp_old: Any = None        # [b, T] log-probability when sampled; None: not recorded, so what the policy says before its first update
     logp_ref: Any = None        # [b, T] log-probability under the frozen reference, if one is needed
     settings: dict = field(default_factory=dict)   # how it was sampled: temperature, cfg, ...
     targets: dict = field(default_factory=dict)    # name -> [b, ...] what further losses compare with

@@ -793,7 +793,7 @@ class BagelPolicy(Policy):
         scored = cfg if logp == "guided" else 1.0
         settings = flow | dict(estimator=d.estimator, grid=grid, cfg=scored, guidance=asdict(guidance), seed=seed, group_size=G, draw_shift=d.draw_shift)
         part = Part("image", rows, actions, torch.ones(actions.shape[:2], dtype=torch.bool, device=self.device), context, index, settings=settings)
-        part.logp_old = s.logp if window and scored == cfg else self.logp(part)
+        part.logp_old = s.logp if window and scored == cfg else None        # or nothing was recorded: the first update computes it anyway
         out.parts.append(part)
 
     def logp(self, part):

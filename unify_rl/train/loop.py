@@ -147,6 +147,7 @@ class Trainer:
         cfg, acc = self.cfg, self.accelerator
         weights, stats, rows = part_weights(parts, adv.valid_B, cfg.objective.average), defaultdict(float), {}
         o, further, updates = cfg.objective, cfg.objective.further, cfg.objective.updates
+        unrecorded = {id(p): torch.zeros_like(p.mask, dtype=torch.float32) for p in parts if p.logp_old is None}
         for _ in range(updates):
             jobs = [(p, w, i) for p, w in zip(parts, weights) for i in self._useful(p, adv).split(cfg.optimizer.micro_batch) if len(i)]
             for k, (part, w, i) in enumerate(jobs):
@@ -162,6 +163,8 @@ class Trainer:
                     acc.backward(loss)
                 for name, v in s.items(): stats[name] += v.item() / updates
                 rows.update(_per_sample(piece, logp.detach(), said.get("kl"), cfg.objective))
+                if id(part) in unrecorded: unrecorded[id(part)][i] = logp.detach().float()
+            for p in parts: p.logp_old = unrecorded.pop(id(p), p.logp_old)              # old is what the first update started from
             stats["grad_norm"] += self._apply(len(jobs)) / updates
         return dict(stats), rows
 
