@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from ..core import UserError
 
 # %% auto #0
-__all__ = ['guide', 'shape_logits', 'Prefix', 'encode_prefix', 'extend', 'token_logp', 'states_before', 'Sampled',
+__all__ = ['guide', 'shape_logits', 'Prefix', 'encode_prefix', 'extend', 'lengthen', 'token_logp', 'states_before', 'Sampled',
            'sample_tokens']
 
 # %% ../../nbs/10_mechanisms.tokens.ipynb #shape
@@ -105,16 +105,33 @@ def extend(
     remat: bool = False,
 ) -> Tensor:                    # [b, T, D] final hidden states
     "Run given outputs against their prompts' keys and values, differentiably."
+    return _after(lm, prefix, index_b, embeds_bTD, torch.ones(embeds_bTD.shape[:2], dtype=torch.bool, device=index_b.device), remat)[0]
+
+def _after(lm, prefix: Prefix, index_b: Tensor, embeds_bTD: Tensor, mask_bT: Tensor, remat: bool) -> tuple:
+    "(final hidden states of further tokens, keys and values of prefix and tokens together, a list each)."
     b, T, _ = embeds_bTD.shape
-    pos = prefix.length_n[index_b, None] + torch.arange(T, device=index_b.device)
+    pos = prefix.length_n[index_b, None] + (mask_bT.cumsum(-1) - 1).clamp(min=0)
     causal = torch.ones(T, T, dtype=torch.bool, device=index_b.device).tril()
-    allowed = torch.cat([prefix.mask_nP[index_b][:, None, None].expand(b, 1, T, -1), causal.expand(b, 1, T, T)], -1)
+    own = (causal & mask_bT[:, None, None]) | torch.eye(T, dtype=torch.bool, device=index_b.device)
+    allowed = torch.cat([prefix.mask_nP[index_b][:, None, None].expand(b, 1, T, -1), own], -1)
+    keys, values = {}, {}
     def attend_for(i):
         def attend(q, k, v):
-            k, v = torch.cat([prefix.keys[i][index_b], k], 2), torch.cat([prefix.values[i][index_b], v], 2)
+            keys[i], values[i] = k, v = torch.cat([prefix.keys[i][index_b], k], 2), torch.cat([prefix.values[i][index_b], v], 2)
             return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, enable_gqa=q.shape[1] != k.shape[1])
         return attend
-    return _run(lm, embeds_bTD, pos, attend_for, remat)
+    hidden = _run(lm, embeds_bTD, pos, attend_for, remat)
+    return hidden, [keys[i] for i in range(len(keys))], [values[i] for i in range(len(values))]
+
+def lengthen(
+    lm, prefix: Prefix,
+    index_b: Tensor,            # [b] long: which prefix each row continues
+    embeds_bTD: Tensor,         # [b, T, D] further prompt tokens, padded on the left
+    mask_bT: Tensor,            # [b, T] bool, False at padding
+) -> Prefix:                    # b prefixes
+    "Prompts with a beginning in common, e.g. several questions about one picture, whose beginning is encoded once."
+    hidden, keys, values = _after(lm, prefix, index_b, embeds_bTD, mask_bT, False)
+    return Prefix(keys, values, torch.cat([prefix.mask_nP[index_b], mask_bT], 1), prefix.length_n[index_b] + mask_bT.sum(-1), hidden[:, -1])
 
 # %% ../../nbs/10_mechanisms.tokens.ipynb #chunk
 def token_logp(

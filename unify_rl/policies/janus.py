@@ -14,7 +14,7 @@ from torch import Tensor
 
 import unify_rl
 from ..core import Part, Rollout, UserError
-from ..mechanisms.tokens import encode_prefix, sample_tokens, states_before, token_logp
+from ..mechanisms.tokens import encode_prefix, lengthen, sample_tokens, states_before, token_logp
 from .base import Policy
 
 # %% auto #0
@@ -140,10 +140,8 @@ class JanusPolicy(Policy):
         return self._pad_left(self.tokenizer(texts)["input_ids"], images)
 
     def _pad_left(self, rows: list[list[int]], images: list | None) -> dict:
-        tok, image_id = self.tokenizer, self.janus.config.image_token_id
-        if images is not None:
-            wrap = [tok.convert_tokens_to_ids(tok.boi_token)] + [image_id] * self.processor.num_image_tokens + [tok.convert_tokens_to_ids(tok.eoi_token)]
-            rows = [sum(([t] if t != image_id else wrap for t in r), []) for r in rows]
+        tok = self.tokenizer
+        if images is not None: rows = self._wrapped(rows)
         P = max(map(len, rows))
         ids = torch.tensor([[tok.pad_token_id] * (P - len(r)) + r for r in rows], device=self.device)
         mask = torch.tensor([[False] * (P - len(r)) + [True] * len(r) for r in rows], device=self.device)
@@ -152,6 +150,12 @@ class JanusPolicy(Policy):
             pixels = self._pixels(images)
             context |= dict(features=self._see(pixels).detach()) if self.frozen_vision else dict(pixels=pixels)
         return context
+
+    def _wrapped(self, rows: list[list[int]]) -> list[list[int]]:
+        "Token rows in which a picture's one token is as many as it has, between its two tags."
+        tok, image_id = self.tokenizer, self.janus.config.image_token_id
+        wrap = [tok.convert_tokens_to_ids(tok.boi_token)] + [image_id] * self.processor.num_image_tokens + [tok.convert_tokens_to_ids(tok.eoi_token)]
+        return [sum(([t] if t != image_id else wrap for t in r), []) for r in rows]
 
     def _see(self, pixels: Tensor) -> Tensor: return self.janus.model.get_image_features(pixels, return_dict=True).pooler_output
 
@@ -187,10 +191,13 @@ class JanusPolicy(Policy):
         return self._context([self.template.format(p.text) + self.tokenizer.boi_token for p in prompts])
 
     def _answer_context(self, prompts):
+        return self._context(self._asked(prompts), [p.image for p in prompts])
+
+    def _asked(self, prompts: list) -> list[str]:
         missing = [p.id for p in prompts if p.image is None]
         if missing: raise UserError(f"prompt {missing[0]!r} asks a question but has no image")
         question = lambda p: p.question if p.task == "joint" else p.text
-        return self._context([self.template.format(f"{self.tokenizer.image_token}\n{question(p)}") for p in prompts], [p.image for p in prompts])
+        return [self.template.format(f"{self.tokenizer.image_token}\n{question(p)}") for p in prompts]
 
     # -- the verbs
     @torch.no_grad()
@@ -259,10 +266,15 @@ class JanusPolicy(Policy):
         "The most likely answers as plain text (see `Policy`)."
         tok, lm, (embed, head) = self.tokenizer, self.janus.model.language_model, self._ends("text")
         never, stop, eos = (torch.tensor(tok.convert_tokens_to_ids(x), dtype=torch.long, device=self.device) for x in (list(without), until or tok.eos_token, tok.eos_token))
-        context = self._answer_context(prompts)
-        self._check_length(prompts, context["mask"], max_text)
+        rows = self._wrapped(tok(self._asked(prompts))["input_ids"])
+        seen = list({id(p.image): p.image for p in prompts}.values())                     # a picture that several questions are about is read once
+        at, cut = {id(im): i for i, im in enumerate(seen)}, rows[0].index(tok.convert_tokens_to_ids(tok.eoi_token)) + 1
+        context, asked = self._pad_left([rows[0][:cut]] * len(seen), None), self._pad_left([r[cut:] for r in rows], None)
+        self._check_length(prompts, torch.cat([torch.ones(len(rows), cut, dtype=torch.bool, device=self.device), asked["mask"]], 1), max_text)
+        pictures = encode_prefix(lm, self._embed(context | dict(pixels=self._pixels(seen))), context["mask"])
+        prefix = lengthen(lm, pictures, torch.tensor([at[id(p.image)] for p in prompts], device=self.device), embed(asked["ids"]), asked["mask"])
         allowed = lambda x: head(x).index_fill(-1, never, -torch.inf)
-        tokens = sample_tokens(lm, encode_prefix(lm, self._embed(context), context["mask"]), 1, embed, allowed, max_text, temperature=0.0,
+        tokens = sample_tokens(lm, prefix, 1, embed, allowed, max_text, temperature=0.0,
                                stop=int(stop), pad=tok.pad_token_id).tokens_BT
         ended = (tokens == eos).cumsum(1) - (tokens == eos).long() > 0
         return self._show("text", tokens.masked_fill(ended, tok.pad_token_id))
