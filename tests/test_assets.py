@@ -77,6 +77,12 @@ def test_teacher_forcing_equals_sampler(policy, prompts, cfg, logp, side):
         torch.testing.assert_close(again, part.logp_old, atol=atol, rtol=1e-6)       # rtol: float32 near log p = -19
 
 
+def test_a_single_prompt(policy, prompts):
+    "One drawing prompt: there attention's reshapes are views."
+    alone = policy.sample(prompts[:1], 3, generator_for("one"), temperature=0.9)
+    with torch.no_grad(): torch.testing.assert_close(policy(alone.parts[0]), alone.parts[0].logp_old, atol=1e-5, rtol=1e-6)
+
+
 def hf_logp(policy, part, r):
     "transformers' own forward over prompt and output, position t predicting token t + 1."
     model, c, n = policy.janus, int(part.context_index[r]), int(part.mask[r].sum())

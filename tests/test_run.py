@@ -93,7 +93,7 @@ def test_the_trained_policy_is_the_last_checkpoint(finished):
 def test_before_is_the_test_of_the_given_policy(finished, tiny):
     again = R.run_suites(load_policy(tiny), finished.config.evaluate, seed=1, max_text=4)
     texts = lambda results: {k: [row["text"] for row in r.rows] for k, r in results.items()}
-    assert texts(again) == texts(R.read_stage(finished.dir, "before"))
+    assert texts(again) == texts(R.read_verdicts(finished.dir, "before"))
 
 def test_the_demo_policy_is_shipped_whole():
     for name in policies(): assert load_policy(name).name == name

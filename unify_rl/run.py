@@ -13,29 +13,33 @@ import shutil
 import signal
 import time
 from collections import deque
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, is_dataclass, replace
 from functools import reduce
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Callable, get_type_hints
 
+import numpy as np
 import torch
+from PIL import Image
 
 from .core import Prompt, UserError, seed_for
-from .data.stream import PromptStream, Reading, dict_count, load_prompts
+from .data.stream import PromptStream, Reading, dict_count, load_prompts, only_questions
 from .evaluate.suites import Result, compare, evaluate, load_suite, table
 from .inspect.report import summary_table, write_report
 from .policies.base import Policy
 from .policies.load import load_policy
 from .rewards.verifiable import build_rewards, check_prompts
 from .train.checkpoint import checkpoints
-from .train.config import Config, EvaluateConfig, apply_overrides, from_dict, leaves, load_config, merge, read_layer, to_yaml
+from .train.config import Config, EvaluateConfig, StageConfig, apply_overrides, from_dict, leaves, load_config, merge, read_layer, to_yaml
 from .train.loop import Trainer
-from .train.runlog import RunLog, logged_steps, read_groups, read_metrics, read_summary, run_folder, write_aside, write_summary
+from .train.merge import merge_policies
+from .train.runlog import (RunLog, logged_steps, picture_path, read_groups, read_metrics, read_samples, read_summary, run_folder, write_aside,
+                                   write_summary)
 
 # %% auto #0
-__all__ = ['SHOWN', 'MAY_CHANGE', 'RESULTS', 'clock', 'pick', 'line', 'board', 'Screen', 'run_suites', 'read_stage',
-           'write_stage', 'Run', 'saved_config', 'as_overrides', 'changes', 'resumed_config', 'resume_command',
-           'own_settings', 'quiet', 'train']
+__all__ = ['SHOWN', 'MAY_CHANGE', 'RESULTS', 'OF_THE_RUN', 'clock', 'pick', 'line', 'board', 'Screen', 'run_suites',
+           'read_verdicts', 'write_verdicts', 'take_verdicts', 'Run', 'saved_config', 'as_overrides', 'changes',
+           'resumed_config', 'resume_command', 'own_settings', 'quiet', 'train', 'stage_configs', 'stage_starts']
 
 # %% ../nbs/75_run.ipynb #words
 SHOWN = {"objective/kl": "KL", "objective/clip_fraction": "clipped", "groups/dead": "dead groups", "samples/failed": "failed"}
@@ -140,7 +144,7 @@ def run_suites(
         screen.say(f"{title}: {suite.name} {score if r.supported else f'left out: {r.why}'}")
     return out
 
-def read_stage(run_dir: Path, name: str) -> dict[str, Result] | None:
+def read_verdicts(run_dir: Path, name: str) -> dict[str, Result] | None:
     "The results of the stage 'before' or 'after', if they are there."
     path = run_dir/"eval"/f"{name}.json"
     if not path.exists(): return None
@@ -148,11 +152,17 @@ def read_stage(run_dir: Path, name: str) -> dict[str, Result] | None:
     except (ValueError, AttributeError) as e:
         raise UserError(f"{path} cannot be read ({e}); delete it and resume: the test is made again") from None
 
-def write_stage(log: RunLog, name: str, results: dict[str, Result]) -> None:
+def write_verdicts(log: RunLog, name: str, results: dict[str, Result]) -> None:
     "Keep a stage: some outputs with pictures, then all verdicts."
     rows, images = zip(*(r.samples() for r in results.values())) if results else ((), ())
     log.log_samples(name, sum(rows, []), sum(images, []))
     write_aside(log.dir/"eval"/f"{name}.json", json.dumps({k: json.loads(r.to_json()) for k, r in results.items()}))
+
+def take_verdicts(log: RunLog, name: str, folder: Path, its: str) -> None:
+    "Take what another run's test `its` has found as this run's test `name`."
+    rows = read_samples(folder, its)
+    log.log_samples(name, rows, [np.asarray(Image.open(picture_path(folder, r["image"]))) if r["image"] else None for r in rows])
+    write_aside(log.dir/"eval"/f"{name}.json", (folder/"eval"/f"{its}.json").read_bytes())
 
 # %% ../nbs/75_run.ipynb #run
 class Run:
@@ -285,7 +295,7 @@ def _prepare(cfg: Config, resume: bool, prompts: list | None, rewards: list | No
     for name in cfg.evaluate.suites: load_suite(name, cfg.evaluate.prompts)
     reward_list, weights_R = _load_rewards(cfg, rewards)
     found, reading = _load_prompts(cfg, prompts, screen)
-    stream = PromptStream(found, cfg.data.tasks, cfg.seed)
+    stream = PromptStream(only_questions(found, cfg.data.questions), cfg.data.tasks, cfg.seed, cfg.data.order)
     check_prompts([p for pool in stream.pools.values() for p in pool], reward_list)
     policy = load_policy(cfg.policy)
     policy.check_tasks([pool[0] for pool in stream.pools.values()])
@@ -315,18 +325,16 @@ def _save_policy(policy: Policy, folder: Path) -> None:
     except OSError as e: raise UserError(f"cannot write {folder}: {e.strerror or e}. Free some space, then resume") from e
     tmp.rename(folder)
 
-def _finish(cfg: Config, log: RunLog, before: dict, after: dict, screen: Screen) -> None:
-    "Compare, write summary and report, and say what there is to see."
+def _finish(cfg: Config, log: RunLog, before: dict, after: dict, screen: Screen, steps: int, more: dict, on: str) -> None:
+    "Compare, write summary and report, and say what there is to see and how to go on."
     suites = {name: compare(before[name], after[name]) for name in before}
     seconds = sum(v for m in read_metrics(log.dir) for k, v in m.items() if k.startswith("seconds/"))
-    named = {k: getattr(cfg, k) for k in ("recipe", "policy", "seed", "steps")}
-    data = {k: v for k, v in json.loads((log.dir/"data.json").read_bytes()).items() if k != "why"}
-    write_summary(log.dir, named | dict(data=data, seconds=seconds, suites=suites))
+    named = {k: getattr(cfg, k) for k in ("recipe", "task", "policy", "seed") if getattr(cfg, k) != ""} | dict(steps=steps)
+    write_summary(log.dir, named | more | dict(seconds=seconds, suites=suites))
     report, folder = write_report(log.dir), shlex.quote(str(log.dir))
     if suites: screen.say(table(suites))
-    screen.say(f"{cfg.steps} steps in {clock(seconds)}\nreport  {report}\npolicy  {log.dir/'policy'}\n"
-               f"next    unify_rl eval --policy {folder}/policy --suites shapes-wise      (does it carry over to riddles?)\n"
-               f"        {resume_command(cfg)} steps={2 * cfg.steps}      (train on)")
+    screen.say(f"{steps} steps in {clock(seconds)}\nreport  {report}\npolicy  {log.dir/'policy'}\n"
+               f"next    unify_rl eval --policy {folder}/policy --suites shapes-wise      (does it carry over to riddles?)\n        {on}")
 
 @contextlib.contextmanager
 def quiet():
@@ -364,15 +372,18 @@ def train(
     cfg = (resumed_config if resume else load_config)(recipe, policy, config_file, given)
     screen.say(to_yaml(cfg), style="dim")
     with quiet():
-        try: _stages(cfg, _prepare(cfg, resume, prompts, rewards, screen), resume, screen)
+        try: (_run_stages if cfg.stages else _run_one)(cfg, resume, prompts, rewards, screen)
         except KeyboardInterrupt: raise KeyboardInterrupt(f"interrupted; continue with\n  {resume_command(cfg)}") from None
     return Run(cfg.run_dir)
 
-def _stages(cfg: Config, trainer: Trainer, resume: bool, screen: Screen) -> None:
+def _run_one(cfg: Config, resume: bool, prompts: list | None, rewards: list | None, screen: Screen, known: tuple | None = None) -> bool:
+    "One recipe; `known` is (run folder, test) of how the policy did before, if that has been tested. True if it got to the end."
+    trainer = _prepare(cfg, resume, prompts, rewards, screen)
     log = trainer.log
     test = lambda title: run_suites(trainer.policy, cfg.evaluate, cfg.seed, cfg.rollout.max_text, screen, title)
-    before = read_stage(log.dir, "before")
-    if before is None: write_stage(log, "before", before := test("before"))
+    if known and not (log.dir/"eval"/"before.json").exists(): take_verdicts(log, "before", *known)
+    before = read_verdicts(log.dir, "before")
+    if before is None: write_verdicts(log, "before", before := test("before"))
     if resume and checkpoints(log.dir/"checkpoints"):
         for note in trainer.load(): screen.say(note, style="yellow")
     if trainer.done > cfg.steps: raise UserError(f"{log.dir} has {trainer.done} steps already; steps={cfg.steps} would be fewer")
@@ -381,8 +392,80 @@ def _stages(cfg: Config, trainer: Trainer, resume: bool, screen: Screen) -> None
     with screen.training(cfg.steps) as show: arrived = trainer.run(show)
     if not arrived:
         screen.say(f"stopped after step {trainer.done}; everything is saved. Continue with\n  {resume_command(cfg)}")
-        return
+        return False
     _save_policy(trainer.policy, log.dir/"policy")
-    after = read_stage(log.dir, "after")
-    if after is None: write_stage(log, "after", after := test("after"))
-    _finish(cfg, log, before, after, screen)
+    after = read_verdicts(log.dir, "after")
+    if after is None: write_verdicts(log, "after", after := test("after"))
+    data = {k: v for k, v in json.loads((log.dir/"data.json").read_bytes()).items() if k != "why"}
+    _finish(cfg, log, before, after, screen, cfg.steps, dict(data=data), f"{resume_command(cfg)} steps={2 * cfg.steps}      (train on)")
+    return True
+
+# %% ../nbs/75_run.ipynb #staged
+OF_THE_RUN = ("recipe:", "policy:", "task:", "seed:", "run_dir:", "threads:", "on_error:", "log.", "checkpoint.", "evaluate.", "stages:")
+
+def stage_configs(
+    cfg: Config,                                    # with stages
+) -> list[tuple[StageConfig, Config | None]]:       # each stage's own configuration; None: it merges
+    "What each stage of a run is: its recipe for the run's policy, with its settings, and with what is the run's own."
+    foreign = [c for c in changes(Config(), cfg) if not c.startswith(OF_THE_RUN)]
+    if foreign:
+        raise UserError(f"{cfg.recipe} consists of stages and has no {foreign[0].partition(':')[0]} of its own; set it for a stage, e.g. "
+                        f"stages.{cfg.stages[0].name}.settings='[{foreign[0].partition(':')[0]}=...]'. Stages: {', '.join(s.name for s in cfg.stages)}")
+    own = {k: getattr(cfg, k) for k in ("seed", "threads", "on_error", "log", "checkpoint", "evaluate")}
+    def one(s: StageConfig) -> Config | None:
+        if s.merge: return None
+        c = load_config(s.recipe, cfg.policy, overrides=s.settings)
+        if c.stages: raise UserError(f"stage {s.name!r}: the recipe {s.recipe!r} consists of stages itself")
+        return replace(c, **own, policy=cfg.policy if starts[s.name] == "base" else str(Path(cfg.run_dir)/starts[s.name]/"policy"), run_dir=str(Path(cfg.run_dir)/s.name))
+    starts = stage_starts(cfg)
+    return [(s, one(s)) for s in cfg.stages]
+
+def stage_starts(cfg: Config) -> dict[str, str]:
+    "Stage -> the stage whose policy it starts from, or 'base'."
+    before = ["base", *(s.name for s in cfg.stages)]
+    return {s.name: "base" if s.merge else s.start or before[i] for i, s in enumerate(cfg.stages)}
+
+def _run_stages(cfg: Config, resume: bool, prompts: list | None, rewards: list | None, screen: Screen) -> bool:
+    "Stage after stage; True if it got to the end."
+    if prompts is not None or rewards is not None: raise UserError(f"{cfg.recipe} consists of stages, each with its own prompts and rewards; train one of them with yours")
+    if cfg.threads: torch.set_num_threads(cfg.threads)
+    plan, starts = stage_configs(cfg), stage_starts(cfg)
+    max_text = max(c.rollout.max_text for _, c in plan if c)
+    test = lambda policy, title: run_suites(policy, cfg.evaluate, cfg.seed, max_text, screen, title)
+    load_policy(cfg.policy)                                              # what is wrong with it is said before a folder is made
+    log = RunLog(cfg.run_dir, resume)
+    write_aside(log.dir/"config.yaml", to_yaml(cfg))
+    if read_verdicts(log.dir, "before") is None: write_verdicts(log, "before", test(load_policy(cfg.policy), "before"))
+    tested = {"base": (log.dir, "before")}
+    for s, c in plan:
+        folder = log.dir/s.name
+        screen.say(f"\nstage {s.name}: {f'merge of {chr(44).join(s.merge)}' if s.merge else f'{s.recipe}, from {starts[s.name]}'}")
+        if c and not (folder/"summary.json").exists():
+            c.rollout.max_text = max_text
+            if not _run_one(c, (folder/"config.yaml").exists(), None, None, screen, tested[starts[s.name]]): return False
+        if s.merge: _run_merge(cfg, s, log.dir, test)
+        tested[s.name] = (folder, "after")
+    _join_stages(log, [s.name for s, c in plan if c])
+    last = plan[-1][0].name
+    take_verdicts(log, "after", *tested[last])
+    known = {name: read_verdicts(*at) for name, at in tested.items()}
+    if not (log.dir/"policy").exists(): (log.dir/"policy").symlink_to(Path(last)/"policy", target_is_directory=True)
+    stages = {s.name: dict(start=starts[s.name], steps=c.steps if c else 0, suites={k: compare(known[starts[s.name]][k], v) for k, v in known[s.name].items()})
+              for s, c in plan}
+    _finish(cfg, log, known["base"], known[last], screen, sum(x["steps"] for x in stages.values()), dict(stages=stages), f"each stage is a run: {', '.join(stages)}")
+    return True
+
+def _run_merge(cfg: Config, s: StageConfig, run_dir: Path, test: Callable) -> None:
+    "A stage that merges: its policy, and how it does."
+    folder = run_dir/s.name
+    if not (folder/"policy").exists(): merge_policies(cfg.policy, [run_dir/name/"policy" for name in s.merge], folder/"policy", s.method)
+    if read_verdicts(folder, "after") is None: write_verdicts(RunLog(folder, resume=True), "after", test(load_policy(folder/"policy"), s.name))
+
+def _join_stages(log: RunLog, names: list[str]) -> None:
+    "The metrics of all stages in one table, steps counted through."
+    log.truncate(0)
+    done = 0
+    for name in names:
+        rows = read_metrics(log.dir/name)
+        for m in rows: log.log(done + m["step"], {k: v for k, v in m.items() if k != "step"} | dict(stage=name))
+        done += rows[-1]["step"]

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import import_module
+from inspect import signature
 from typing import Callable
 
 import numpy as np
@@ -18,8 +19,8 @@ from ..world.questions import joint_prompts, question_prompts, reply
 from ..world.scenes import World, render_batch
 
 # %% auto #0
-__all__ = ['SOURCES', 'MODULES', 'OUTPUTS', 'PromptStream', 'dict_count', 'shapes_prompts', 'Reading', 'load_prompts',
-           'shapes_outputs', 'own_outputs']
+__all__ = ['SOURCES', 'MODULES', 'OUTPUTS', 'PromptStream', 'dict_count', 'shapes_prompts', 'only_questions', 'Reading',
+           'load_prompts', 'shapes_outputs', 'own_outputs', 'load_outputs']
 
 # %% ../../nbs/40_data.stream.ipynb #stream
 class PromptStream:
@@ -28,6 +29,7 @@ class PromptStream:
         prompts: list[Prompt],              # all tasks together
         shares: dict[str, float],           # task -> its share of each step; tasks without a share are left out
         seed: int = 0,
+        order: str = "mixed",               # 'mixed': all tasks in each step, 'alternate': each step one task, in turn
     ):
         shares = {k: v for k, v in shares.items() if v > 0}
         self.pools = {k: [p for p in prompts if p.task == k] for k in shares}
@@ -36,7 +38,7 @@ class PromptStream:
             raise UserError(f"the data set has no prompts for the task {empty[0] if empty else '(none given)'!r}: "
                             f"it has {dict_count(prompts) or 'none at all'}. Check data.path, data.split and data.tasks")
         total = sum(shares.values())
-        self.shares, self.seed = {k: v / total for k, v in shares.items()}, seed
+        self.shares, self.seed, self.order, self._turns = {k: v / total for k, v in shares.items()}, seed, order, []
         self._order = lru_cache(maxsize=4 * len(shares))(self._shuffle)
 
     def _shuffle(self, task: str, epoch: int) -> np.ndarray: return rng_for(self.seed, "stream", task, epoch).permutation(len(self.pools[task]))
@@ -45,8 +47,17 @@ class PromptStream:
         epoch, k = divmod(i, len(self.pools[task]))
         return self.pools[task][self._order(task, epoch)[k]]
 
+    def _turn(self, step: int) -> str:
+        "Whose turn it is: the task that is furthest behind its share."
+        while len(self._turns) <= step: self._turns.append(max(self.shares, key=lambda k: self.shares[k] * (len(self._turns) + 1) - self._turns.count(k)))
+        return self._turns[step]
+
     def counts(self, step: int, n: int) -> dict:
         "(first index, one past the last) of each task's own sequence at `step`."
+        if self.order == "alternate":
+            task = self._turn(step)
+            done = self._turns[:step].count(task)
+            return {task: (done * n, (done + 1) * n)}
         spans, left = {}, [step * n, (step + 1) * n]
         for k in list(self.shares)[:-1]:
             spans[k] = tuple(int(s * n * self.shares[k] + 0.5) for s in (step, step + 1))
@@ -69,6 +80,10 @@ def shapes_prompts(split: str, tasks: tuple, path: str = "", questions: int = 40
     make = dict(generate=lambda: with_references(draw_prompts(split)), answer=lambda: question_prompts(split, questions), edit=lambda: edit_prompts(split, questions),
                 joint=lambda: joint_prompts(split, questions))
     return [p for t in tasks for p in make.get(t, list)()]
+
+def only_questions(prompts: list[Prompt], kind: str) -> list[Prompt]:
+    "All prompts but the questions of the other kind: 'choice' keeps multiple choice, 'open' the others, 'all' everything."
+    return [p for p in prompts if kind == "all" or p.answer is None or bool(p.choices) == (kind == "choice")]
 
 @dataclass
 class Reading:
@@ -121,3 +136,11 @@ def own_outputs(prompts: list[Prompt], rng: np.random.Generator) -> tuple[list, 
     return [said(p) if p.task in ("answer", "joint") else None for p in prompts], [None if p.task == "answer" else p.reference for p in prompts]
 
 OUTPUTS = {"shapes": shapes_outputs}        # source -> (prompts, rng) -> (texts, images); other sources: `own_outputs`
+
+def load_outputs(source: str, settings: dict) -> Callable:
+    "The function (prompts, rng) -> (texts, images) that makes a source's given outputs."
+    make = OUTPUTS.get(source, own_outputs)
+    known = list(signature(make).parameters)[2:]
+    for k in settings:
+        if k not in known: raise UserError(f"data.given: the given outputs of the source {source!r} have no setting {k!r}. {nearest(k, known)}")
+    return partial(make, **settings)

@@ -201,7 +201,7 @@ class _Decoder:
         "One query per row over prompt (shared in the group) and own past: [R, heads, d] -> [R, heads·d]."
         n, G, h, rep, d, t = self.n, self.G, self.h, self.rep, self.d, self.t
         self.K[i, ..., t, :], self.V[i, ..., t, :] = (x.unflatten(0, (n, G)).transpose(1, 2) for x in (k, v))
-        q = q.reshape(n, G, h, rep, d).transpose(1, 2).reshape(n * h, G * rep, d)
+        q = q.reshape(n, G, h, rep, d).transpose(1, 2).reshape(n * h, G * rep, d).contiguous()          # of a single prompt it would be a view
         shared = torch.bmm(q, self.Kp[i]) if self.bias is None else torch.baddbmm(self.bias, q, self.Kp[i])
         P, K, V = shared.shape[-1], self.K[i].flatten(0, 2)[:, :t+1], self.V[i].flatten(0, 2)[:, :t+1]          # [n·h·G, t+1, d]
         own = torch.bmm(q.view(-1, rep, d), K.transpose(1, 2))

@@ -16,8 +16,8 @@ from ..core import TASKS, UserError, nearest
 # %% auto #0
 __all__ = ['SCIENTIFIC', 'AT_LEAST', 'ABOVE_0', 'BELOW_1', 'MAY_BE_INFINITE', 'WHY', 'DataConfig', 'RolloutConfig',
            'RewardConfig', 'AdvantageConfig', 'ObjectiveConfig', 'OptimizerConfig', 'ModelConfig', 'LogConfig',
-           'CheckpointConfig', 'EvaluateConfig', 'Config', 'coerce', 'from_dict', 'leaves', 'check', 'apply_overrides',
-           'recipes', 'read_layer', 'merge', 'load_config', 'resolve', 'to_yaml', 'describe']
+           'CheckpointConfig', 'EvaluateConfig', 'StageConfig', 'Config', 'coerce', 'from_dict', 'leaves', 'check',
+           'apply_overrides', 'recipes', 'read_layer', 'merge', 'load_config', 'resolve', 'to_yaml', 'describe']
 
 # %% ../../nbs/52_train.config.ipynb #sections
 @dataclass
@@ -30,6 +30,9 @@ class DataConfig:
     on_bad_row: Literal["stop", "skip"] = "stop"               # a row does not fit: stop, or leave it out and count it
     max_pixels: int = 16777216                  # a picture with more pixels is not decoded, and its row does not fit
     columns: dict[str, str] = field(default_factory=dict)     # our fields by the names the data has for them, e.g. {text: caption}
+    order: Literal["mixed", "alternate"] = "mixed"             # each step has all tasks in their shares, or one task at a time in turn
+    questions: Literal["all", "choice", "open"] = "all"        # which questions: all, those of multiple choice, or the others
+    given: dict[str, Any] = field(default_factory=dict)       # rollout.outputs=given: how they are made, e.g. {wrong: 0} for shapes
 
 @dataclass
 class RolloutConfig:
@@ -122,12 +125,24 @@ class EvaluateConfig:
     drawing: dict[str, Any] = field(default_factory=dict)     # the policy's own settings of drawing, over those it has for tests
     batch: int = 120                            # prompts at a time
 
+# %% ../../nbs/52_train.config.ipynb #stages
+@dataclass
+class StageConfig:
+    "one stage of several"
+    name: str                                   # its folder in run_dir
+    recipe: str = ""                            # which recipe trains it
+    start: str = ""                             # the stage whose policy it starts from; empty: the stage before, 'base': the run's policy
+    settings: list[str] = field(default_factory=list)         # key=value, over its recipe's
+    merge: list[str] = field(default_factory=list)            # instead of training: the stages whose policies are merged
+    method: str = "gaussian"                    # and how: gaussian, average, norm or sum
+
 # %% ../../nbs/52_train.config.ipynb #config
 @dataclass
 class Config:
     "the run"
     recipe: str = ""                            # which recipe
     policy: str = "tiny-janus"                  # name or folder of the policy
+    task: str = ""                              # which of the recipe's tasks, if it has some
     seed: int = 0                               # of every random choice
     steps: int = 100                            # training steps: one rollout each
     run_dir: str = "runs/{recipe}-{policy}-s{seed}"            # folder of everything the run writes
@@ -143,6 +158,7 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    stages: list[StageConfig] = field(default_factory=list)   # recipes one after another, instead of training
 
 # %% ../../nbs/52_train.config.ipynb #coerce
 SCIENTIFIC = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")     # numbers that YAML 1.1 takes for text
@@ -259,6 +275,7 @@ def check(
     _check_betas(cfg.objective.betas)
     _check_further(cfg.objective)
     _check_rewards(cfg.rewards)
+    _check_stages(cfg.stages)
     return cfg
 
 def _get(cfg, path):
@@ -281,6 +298,20 @@ def _check_further(objective):
         if kind not in ("text", "image"): raise UserError(f"objective.exact: {kind!r} is not a kind of action; they are 'text' and 'image'")
     for name, weight in objective.further.items():
         if not 0 <= weight < math.inf: raise UserError(f"objective.further.{name} is {weight}; it must be at least 0 and finite")
+
+def _check_stages(stages):
+    before = []
+    for i, s in enumerate(stages):
+        def need(ok, message): 
+            if not ok: raise UserError(f"stages.{i} ({s.name}): {message}")
+        need(re.fullmatch(r"[\w-]+", s.name) and s.name not in (*before, "base", "policy", "eval"), "the name must be new, and fit a folder: letters, digits, - and _")
+        need(bool(s.recipe) != bool(s.merge), "give either the recipe that trains it, or what to merge")
+        need(not s.recipe or s.recipe in recipes(), f"unknown recipe {s.recipe!r}. {nearest(s.recipe, recipes())}")
+        need(not s.start or s.recipe, "a merge starts from nothing else; leave start out")
+        for other in (*s.merge, *([s.start] if s.start else [])):
+            need(other in before or (other == "base" and not s.merge), f"{other!r} is no stage before it. {nearest(other, [*before, 'base'])}")
+        need(not s.merge or len(s.merge) > 1, "a merge needs two stages or more")
+        before.append(s.name)
 
 def _check_rewards(rewards):
     names = [r.name for r in rewards]
@@ -344,9 +375,9 @@ def recipes() -> list[str]:
     return sorted(p.name[:-5] for p in _recipe_folder().iterdir() if p.name.endswith(".yaml"))
 
 def read_layer(
-    path: Path,             # a YAML file of settings; may hold `policies: {name: settings}`
+    path: Path,             # a YAML file of settings; may hold overlays: `tasks: {name: settings}`, `policies: {name: settings}`
     name: str = "",         # how to call it in messages
-) -> tuple[dict, dict]:     # (settings, overlays by policy), validated
+) -> tuple[dict, dict]:     # (settings, {'tasks': overlays, 'policies': overlays}), validated
     "Read one layer of a configuration."
     import yaml
     name = name or str(path)
@@ -355,9 +386,10 @@ def read_layer(
     except UnicodeDecodeError as e: raise UserError(f"{name} is not a UTF-8 text: {e}") from None
     except yaml.YAMLError as e: raise UserError(f"{name} is not YAML: {' '.join(str(e).split())}") from None
     if not isinstance(layer, dict): raise UserError(f"{name}: expected keys and values, got {layer!r}")
-    overlays = layer.pop("policies", None) or {}
+    overlays = {kind: layer.pop(kind, None) or {} for kind in ("tasks", "policies")}
     from_dict(Config, layer, f"{name}:")
-    for policy, overlay in overlays.items(): from_dict(Config, overlay, f"{name}: policies.{policy}")
+    for kind, of in overlays.items():
+        for k, overlay in of.items(): from_dict(Config, overlay, f"{name}: {kind}.{k}")
     return layer, overlays
 
 def merge(cls: type, low: dict, high: dict) -> dict:
@@ -377,20 +409,24 @@ def load_config(
     if config_file: layers.append(read_layer(Path(config_file)))
     overrides = [f"policy={policy}"] * bool(policy) + list(overrides)
 
-    def build(name):
+    def build(task, name):
         tree = {"recipe": recipe}
         for layer, overlays in layers:
-            overlay = overlays.get(name) or overlays.get(Path(name).name) or {}
-            tree = merge(Config, merge(Config, tree, layer), overlay)
+            of_policy = overlays["policies"].get(name) or overlays["policies"].get(Path(name).name) or {}
+            for settings in (layer, overlays["tasks"].get(task, {}), of_policy): tree = merge(Config, tree, settings)
         return apply_overrides(from_dict(Config, tree), overrides)
 
-    cfg = build(build("").policy)
+    first, tasks = build("", ""), {t for _, overlays in layers for t in overlays["tasks"]}
+    if first.task not in tasks and (first.task or tasks):
+        raise UserError(f"the recipe {recipe!r} needs a task, e.g. task={sorted(tasks)[0]}" if tasks and not first.task else
+                        f"task={first.task}: the recipe {recipe!r} has no such task. {nearest(first.task, tasks)}")
+    cfg = build(first.task, first.policy)
     if cfg.recipe != recipe: raise UserError(f"the recipe is {recipe!r}, but the settings say recipe: {cfg.recipe!r}")
     return resolve(cfg)
 
 def resolve(cfg: Config) -> Config:
     "Fill the names in `run_dir`."
-    names = {"recipe": cfg.recipe, "policy": Path(cfg.policy).name, "seed": str(cfg.seed)}
+    names = {"recipe": "-".join(filter(None, (cfg.recipe, cfg.task))), "policy": Path(cfg.policy).name, "seed": str(cfg.seed)}
     for key, name in names.items(): cfg.run_dir = cfg.run_dir.replace("{" + key + "}", name)
     return cfg
 

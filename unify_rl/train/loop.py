@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from ..core import Rollout, UserError, generator_for, rng_for
-from ..data.stream import OUTPUTS, PromptStream, own_outputs
+from ..data.stream import PromptStream, load_outputs
 from ..grpo.advantage import Advantages, advantages
 from ..grpo.kl import kl_estimate
 from ..grpo.objective import objective, token_weights
@@ -60,6 +60,7 @@ class Trainer:
         covered = {t for r in rewards for t in r.tasks}
         orphan = [t for t in stream.shares if t not in covered]
         if orphan: raise UserError(f"no reward applies to the task {orphan[0]!r}; add one to rewards, or drop the task from data.tasks")
+        self.outputs = load_outputs(cfg.data.source, cfg.data.given)
         self.learners = {r.name: r for r in rewards if getattr(r, "learner", None)}
         absent = [t for t in cfg.log.trackers if not importlib.util.find_spec(t)]
         if absent: raise UserError(f"log.trackers names {absent[0]!r}, which is not installed: pip install {absent[0]}, or leave it out")
@@ -118,9 +119,8 @@ class Trainer:
 
     def _given(self, prompts: list, generator) -> Rollout:
         "The data's outputs; noise of their own, if they need any, comes from torch's seed, so that a step is repeatable."
-        make = OUTPUTS.get(self.cfg.data.source, own_outputs)
         torch.manual_seed(generator.initial_seed() % 2**63)
-        return self.policy.encode(prompts, *make(prompts, rng_for(self.cfg.seed, "given", self.done, self.accelerator.process_index)))
+        return self.policy.encode(prompts, *self.outputs(prompts, rng_for(self.cfg.seed, "given", self.done, self.accelerator.process_index)))
 
     def _teach(self, prompts_B: list, rollout: Rollout) -> dict:
         "Let rewards that learn see the samples they have judged; returns what they report."
