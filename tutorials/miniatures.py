@@ -28,23 +28,23 @@ def kept(path: Path, make) -> Result:
     return Result.from_json(path.read_text())
 
 
-def strip(run: unify_rl.Run, groups: int = 3, scale: int = 3) -> Image.Image:
-    "The first pictures of the last reward groups that were kept, one row a group."
+def strip(run: unify_rl.Run, groups: int = 3, scale: int = 3) -> Image.Image | None:
+    "The first pictures of the last reward groups that were kept, one row a group; None if they are all text."
     table = run.groups()
     framed = lambda name: np.pad(np.asarray(Image.open(picture_path(run.dir, name))), ((1, 1), (1, 1), (0, 0)), constant_values=128)
     rows = [[framed(name) for name in g["image"][:8] if name is not None] for _, g in table.groupby("prompt_index")]
     wide = max(map(len, rows))
-    rows = [np.concatenate(r, 1) for r in rows if len(r) == wide > 0][:groups]
-    return Image.fromarray(np.concatenate(rows).repeat(scale, 0).repeat(scale, 1))
+    rows = [np.concatenate(r, 1) for r in rows if len(r) == wide > 0]
+    return None if not rows[:groups] else Image.fromarray(np.concatenate(rows[:groups]).repeat(scale, 0).repeat(scale, 1))
 
 
-def train(spec: dict, settings: list, seed: int, folder: Path, threads: int) -> unify_rl.Run:
-    "One variant and seed, trained unless it is there already; an interrupted one continues."
+def train(spec: dict, recipe: str, settings: list, seed: int, folder: Path, threads: int) -> dict:
+    "One variant and seed, trained unless it is there already; an interrupted one continues. A run, or stage -> run."
     if not (folder / "summary.json").exists():
         same = dict(resume=True) if (folder / "config.yaml").exists() else {}
         fixed = [f"run_dir={folder}", f"seed={seed}", f"threads={threads}", "evaluate.suites=[]", "log.groups_every=20"]
-        unify_rl.train(spec["recipe"], spec["policy"], overrides=[*spec["settings"], *settings, *fixed], **same)
-    return unify_rl.Run(folder)
+        unify_rl.train(recipe, spec["policy"], overrides=[*spec["settings"], *settings, *fixed], **same)
+    return {s: unify_rl.Run(folder / s) for s in unify_rl.Run(folder).summary.get("stages", {"": 0})}
 
 
 def main() -> None:
@@ -70,24 +70,33 @@ def main() -> None:
 
     for name in a.experiments or spec["experiments"]:
         rows = found["experiments"][name] = {}
-        for variant, settings in spec["experiments"][name].items():
-            runs, after = [], {s: [] for s in suites}
-            for seed in seeds:
-                key = "plain" if not settings else f"{name}-{variant}".replace(" ", "_").replace("=", "")     # the recipe itself is trained once
-                run = train(spec, settings, seed, out / f"{key}-s{seed}", a.threads)
-                policy = None
-                for s in suites:
-                    path = out / f"{key}-s{seed}-{s}.json"
-                    if not path.exists(): policy = policy or run.policy()
-                    after[s].append(kept(path, lambda: evaluate(policy, suites[s])))
-                runs.append(run)
-            changes = {s: paired_ci(before[s].values("correct"), np.stack([r.values("correct") for r in after[s]])) for s in suites}
-            curves = [{c: [round(float(v), 4) for v in m[c]] for c in m if c.startswith(("reward/", "objective/", "seconds/"))} for m in (r.metrics for r in runs)]
-            rows[variant] = dict(settings=settings, seeds=list(seeds), curves=curves, suites={
-                s: dict(after=[r.overall for r in after[s]], change=c.mean, ci95=[c.lo, c.hi]) for s, c in changes.items()})
-            strip(runs[0]).save(HERE / "results" / f"{a.paper}-{name}-{variant.replace(' ', '_').replace('=', '')}.png")
-            results.write_text(json.dumps(found, indent=1) + "\n")
-            print(name, "|", variant, "|", "  ".join(f"{s} {c.mean:+.3f} ({c.lo:+.3f}, {c.hi:+.3f})" for s, c in changes.items()), flush=True)
+        for variant, of in spec["experiments"][name].items():
+            recipe, settings = (of["recipe"], of.get("settings", [])) if isinstance(of, dict) else (spec["recipe"], of)
+            plain = not settings and recipe == spec["recipe"]                                 # the recipe itself is trained once
+            key = "plain" if plain else f"{name}-{variant}".replace(" ", "_").replace("=", "")
+            seeded = [train(spec, recipe, settings, seed, out / f"{key}-s{seed}", a.threads) for seed in seeds]
+            for stage in seeded[0]:
+                runs, after = [runs[stage] for runs in seeded], {s: [] for s in suites}
+                for seed, run in zip(seeds, runs):
+                    policy = None
+                    for s in suites:
+                        path = out / f"{'-'.join(filter(None, (key, stage)))}-s{seed}-{s}.json"
+                        if not path.exists(): policy = policy or run.policy()
+                        after[s].append(kept(path, lambda: evaluate(policy, suites[s])))
+                changes = {s: paired_ci(before[s].values("correct"), np.stack([r.values("correct") for r in after[s]])) for s in suites}
+                row = ": ".join(filter(None, (variant, stage)))
+                rows[row] = dict(recipe=recipe, settings=settings, seeds=list(seeds), curves=[curves(run) for run in runs], suites={
+                    s: dict(after=[r.overall for r in after[s]], change=c.mean, ci95=[c.lo, c.hi]) for s, c in changes.items()})
+                picture = strip(runs[0]) if runs[0].steps else None
+                if picture: picture.save(HERE / "results" / f"{a.paper}-{name}-{row.replace(': ', '-').replace(' ', '_').replace('=', '')}.png")
+                results.write_text(json.dumps(found, indent=1) + "\n")
+                print(name, "|", row, "|", "  ".join(f"{s} {c.mean:+.3f} ({c.lo:+.3f}, {c.hi:+.3f})" for s, c in changes.items()), flush=True)
+
+
+def curves(run: unify_rl.Run) -> dict:
+    "What is drawn of a run: each measurement of rewards, objective and seconds, a number a step. Of a merge, nothing."
+    m = run.metrics
+    return {c: [round(float(v), 4) for v in m[c]] for c in m if c.startswith(("reward/", "objective/", "seconds/"))}
 
 
 if __name__ == "__main__":
