@@ -1114,6 +1114,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'unify_rl/train/pretrain_bagel.py'),
                                                'unify_rl.train.pretrain_bagel.loosen': ( 'train.pretrain_bagel.html#loosen',
                                                                                          'unify_rl/train/pretrain_bagel.py'),
+                                               'unify_rl.train.pretrain_bagel.settled': ( 'train.pretrain_bagel.html#settled',
+                                                                                          'unify_rl/train/pretrain_bagel.py'),
                                                'unify_rl.train.pretrain_bagel.thought': ( 'train.pretrain_bagel.html#thought',
                                                                                           'unify_rl/train/pretrain_bagel.py'),
                                                'unify_rl.train.pretrain_bagel.train_vae': ( 'train.pretrain_bagel.html#train_vae',
