@@ -97,6 +97,23 @@ def test_each_kind_of_action_has_its_own_kl(tmp_path):
     assert {p.kind: p.logp_ref is not None for p in parts} == dict(image=True, text=False)
 
 
+@pytest.mark.parametrize("drawing", [dict(estimator="forward", same_start=True), dict(estimator="none", same_start=True)])
+def test_one_start_without_stochastic_steps_is_refused(tmp_path, drawing):
+    "All pictures of a group would be equal, and no advantage left."
+    with pytest.raises(UserError, match="same_start without stochastic steps"): trainer(tmp_path/"a", drawing).step()
+
+
+def test_a_reward_that_learns_is_refused_in_several_processes(tmp_path, monkeypatch):
+    from accelerate import Accelerator
+    from unify_rl.rewards.verifiable import Reward
+    learner = type("Learner", (), {"learn": lambda *a: {}, "state_dict": dict, "load_state_dict": lambda *a: None})()
+    monkeypatch.setattr(Accelerator, "num_processes", property(lambda self: 2))
+    cfg = from_dict(Config, dict(recipe="x", steps=1, rollout=dict(prompts=2, group_size=2, drawing=dict(estimator="forward", steps=2))))
+    mine = Reward("mine", redness.judge, ("generate",), learner=learner)
+    with pytest.raises(UserError, match="'mine' learns, and would learn something else in each process"):
+        Trainer(cfg, bagel(), PromptStream(PROMPTS, dict(generate=1.0)), [mine], torch.ones(1, dtype=torch.float64), RunLog(tmp_path/"a"))
+
+
 def test_training_without_actions_is_refused(tmp_path):
     with pytest.raises(UserError, match="kept no actions.*'estimator': 'none'"): trainer(tmp_path/"a", dict(estimator="none")).step()
 

@@ -43,6 +43,29 @@ def kept(path: Path, make) -> Result:
     return Result.from_json(path.read_text())
 
 
+def tested(folder: Path, prefix: str, suites: dict) -> dict:
+    "How a run's policy does in each suite, from disk where it has been tested."
+    policy, out = None, {}
+    for s, suite in suites.items():
+        path = folder.parent / f"{prefix}-{s}.json"
+        if not path.exists(): policy = policy or unify_rl.load_policy(folder / "policy")
+        out[s] = kept(path, lambda: evaluate(policy, suite))
+    return out
+
+
+def by_stage(out: Path, seeds: list, suites: dict, before: dict) -> dict:
+    "What each stage adds to what it starts from: stage -> (start, suite -> interval). Prints a table."
+    stages = unify_rl.Run(out / f"seed-{seeds[0]}").summary.get("stages", {})
+    results, at = {}, {"base": [before] * len(seeds)}
+    if stages: print("\n| stage | from | " + " | ".join(suites) + " |\n|---|---|" + "---|" * len(suites))
+    for stage, about in stages.items():
+        at[stage] = [tested(out / f"seed-{seed}" / stage, f"tested-{stage}", suites) for seed in seeds]
+        change = {s: paired_ci(np.zeros(len(before[s].rows)), np.stack([new[s].values("correct") - old[s].values("correct") for new, old in zip(at[stage], at[about["start"]])])) for s in suites}
+        results[stage] = dict(start=about["start"], suites={s: dict(change=c.mean, ci95=[c.lo, c.hi]) for s, c in change.items()})
+        print(f"| {stage} | {about['start']} | " + " | ".join(f"{c.mean:+.3f} ({c.lo:+.3f} to {c.hi:+.3f})" for c in change.values()) + " |")
+    return results
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--recipe", default="grpo")
@@ -70,11 +93,7 @@ def main() -> None:
         if not (folder / "summary.json").exists(): unify_rl.train(a.recipe, a.policy, seed=seed, run_dir=str(folder), threads=a.threads, evaluate={"suites": []}, overrides=a.set)
         run = unify_rl.Run(folder)
         seconds.append(sum(v for m in run.metrics.to_dict("records") for k, v in m.items() if k.startswith("seconds/")))
-        policy = None
-        for s in suites:
-            path = out / f"seed-{seed}-{s}.json"
-            if not path.exists(): policy = policy or run.policy()
-            after[s].append(kept(path, lambda: evaluate(policy, suites[s])))
+        for s, result in tested(folder, f"seed-{seed}", suites).items(): after[s].append(result)
 
     others = {f"base, guidance {w:g}": {s: kept(out / f"base-{s}-cfg{w:g}.json", lambda: evaluate(base, suites[s], cfg=w))
                                         for s in suites if suites[s].task == "generate"} for w in a.guidance}
@@ -110,6 +129,7 @@ def main() -> None:
     for name, r in others.items():
         results["others"][name] = {s: x.overall for s, x in r.items()}
         print(f"| {name} | " + " | ".join(f"{r[s].overall:.3f}" if s in r else "–" for s in suites) + " |")
+    results["stages"] = by_stage(out, a.seeds, suites, before)
     (out / "results.json").write_text(json.dumps(results, indent=1))
 
 
