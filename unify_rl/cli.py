@@ -51,7 +51,7 @@ def recipe_list() -> str:
     from unify_rl.train.config import recipes
     first = lambda name: (files("unify_rl")/"recipes"/f"{name}.yaml").read_text(encoding="utf-8").partition("\n")[0]
     comment = lambda line: line.lstrip("# ") if line.startswith("#") else ""
-    return "\n".join(f"  {name:12} {comment(first(name))}".rstrip() for name in recipes())
+    return "\n".join(f"  {name:14} {comment(first(name))}".rstrip() for name in recipes())
 
 def parser() -> Parser:
     "The five verbs and their options."

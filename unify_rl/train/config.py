@@ -14,7 +14,7 @@ from typing import Any, Iterable, Iterator, Literal, get_args, get_origin, get_t
 from ..core import TASKS, UserError, nearest
 
 # %% auto #0
-__all__ = ['SCIENTIFIC', 'AT_LEAST', 'ABOVE_0', 'BELOW_1', 'MAY_BE_INFINITE', 'WHY', 'DataConfig', 'RolloutConfig',
+__all__ = ['SCIENTIFIC', 'AT_LEAST', 'ABOVE_0', 'BELOW_1', 'MAY_BE_INFINITE', 'WHY', 'TAKEN', 'DataConfig', 'RolloutConfig',
            'RewardConfig', 'AdvantageConfig', 'ObjectiveConfig', 'OptimizerConfig', 'ModelConfig', 'LogConfig',
            'CheckpointConfig', 'EvaluateConfig', 'StageConfig', 'Config', 'coerce', 'from_dict', 'leaves', 'check',
            'apply_overrides', 'recipes', 'read_layer', 'merge', 'load_config', 'resolve', 'to_yaml', 'describe']
@@ -299,12 +299,14 @@ def _check_further(objective):
     for name, weight in objective.further.items():
         if not 0 <= weight < math.inf: raise UserError(f"objective.further.{name} is {weight}; it must be at least 0 and finite")
 
+TAKEN = ("base", "policy", "eval", "groups", "checkpoints")       # what else is in a run's folder
+
 def _check_stages(stages):
     before = []
     for i, s in enumerate(stages):
-        def need(ok, message): 
+        def need(ok, message):
             if not ok: raise UserError(f"stages.{i} ({s.name}): {message}")
-        need(re.fullmatch(r"[\w-]+", s.name) and s.name not in (*before, "base", "policy", "eval"), "the name must be new, and fit a folder: letters, digits, - and _")
+        need(re.fullmatch(r"[\w-]+", s.name) and s.name not in (*before, *TAKEN), "the name must be new, and fit a folder: letters, digits, - and _")
         need(bool(s.recipe) != bool(s.merge), "give either the recipe that trains it, or what to merge")
         need(not s.recipe or s.recipe in recipes(), f"unknown recipe {s.recipe!r}. {nearest(s.recipe, recipes())}")
         need(not s.start or s.recipe, "a merge starts from nothing else; leave start out")
