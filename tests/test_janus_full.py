@@ -5,9 +5,9 @@ tokenizer that calls itself a Llama's, the image processor in a file of its own.
 """
 import json
 import math
+import os
 import re
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,8 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+import unify_rl
 from unify_rl.core import Prompt, UserError, generator_for
 from unify_rl.policies.load import load_policy
+from unify_rl.rewards.verifiable import per_sample
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 IMAGE, BOI, EOI = "<image_placeholder>", "<begin_of_image>", "<end_of_image>"
@@ -201,7 +203,7 @@ def test_the_shipped_policys_processor_is_the_one_it_was_trained_with():
 
 def linked(small, folder):
     "A copy that takes no space."
-    shutil.copytree(small, folder, copy_function=lambda a, b: shutil.copy(a, b) if a.endswith(".json") else __import__("os").link(a, b))
+    shutil.copytree(small, folder, copy_function=lambda a, b: shutil.copy(a, b) if a.endswith(".json") else os.link(a, b))
     return folder
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json", "config.json",
@@ -229,3 +231,93 @@ def test_a_tokenizer_of_another_model(small, tmp_path):
     c = json.loads((bad/"config.json").read_text())
     (bad/"config.json").write_text(json.dumps(c | dict(image_token_id=100594)))
     with pytest.raises(UserError, match="is token 100581 of the tokenizer, but config.json has image_token_id 100594"): load_policy(bad)
+
+
+# -- what trains ---------------------------------------------------------------------------------------------------
+
+FROZEN = ("vision_model", "aligner", "vqmodel", "generation_embeddings", "generation_aligner", "generation_head", "lm_head")
+HEADS = ["language_model", "lm_head", "generation_head", "generation_embeddings", "generation_aligner", "aligner"]
+
+def test_a_name_stands_for_one_module(policy):
+    "`aligner` is the one of the understanding tower, not `generation_aligner` as well."
+    owner = lambda names: {n.split(".")[2] if n.startswith("model.model.") else n.split(".")[1] for n in names}
+    assert owner(policy.train_only(list(policy.trains))) == {"language_model"} and policy.frozen_vision
+    assert owner(n for n, p in policy.named_parameters() if not p.requires_grad) == set(FROZEN)
+    for name in (*FROZEN, "language_model"): assert owner(policy.train_only([name])) == {name}
+    assert owner(policy.train_only(HEADS)) == set(HEADS) and not policy.frozen_vision
+    with pytest.raises(UserError, match="Did you mean 'generation_head'"): policy.train_only(["generation_heads"])
+
+
+redness = per_sample("redness", lambda prompt, text, image: float(image[..., 0].mean()), tasks=("generate",))
+length = per_sample("length", lambda prompt, text, image: float(len(text)), tasks=("answer",))
+
+@pytest.mark.parametrize("train", [[], HEADS], ids=["default", "heads"])
+def test_a_step_moves_what_trains_and_nothing_else(train, small, tmp_path):
+    "One step of a whole run on the published files; what it leaves behind is a Janus for transformers."
+    before = load_policy(small).janus.state_dict()
+    run = unify_rl.train("grpo", small, run_dir=str(tmp_path/"run"), prompts=[DRAW, ASK], rewards=[redness, length], steps=1, progress=False,
+                         rollout=dict(prompts=2, group_size=2, max_text=6, cfg=5.0), optimizer=dict(lr=1e-3), model=dict(train=train), evaluate=dict(suites=[]))
+    after = theirs(run.dir/"policy").state_dict()
+    moved = {k.removeprefix("model.").split(".")[0] for k in before if not torch.equal(before[k], after[k])}
+    assert moved == set(train or ["language_model"])
+    assert load_policy(run.dir/"policy").tokenizer.pad_token_id == 100002
+
+
+def lora_merges(policy, folder):
+    "Adapters sit on the language model's linear layers only; what is saved has them merged, and is a plain Janus for transformers."
+    policy.add_lora(2, 8, list(policy.lora_targets))
+    adapted = [n for n, m in policy.named_modules() if hasattr(m, "lora_A")]
+    assert len(adapted) == 7 and all(".language_model.layers.0." in n for n in adapted)
+    assert all("lora_" in n for n, p in policy.named_parameters() if p.requires_grad)
+    for n, p in policy.named_parameters():
+        if "lora_B" in n: torch.nn.init.normal_(p, std=.02)
+    question = inputs(policy)
+    with torch.no_grad():
+        ours = policy.model(**question).logits[:, -4:]
+        with policy.model.disable_adapter(): assert (policy.model(**question).logits[:, -4:] - ours).abs().max() > 1e-2
+        policy.save_pretrained(folder)
+        torch.testing.assert_close(theirs(folder)(**question).logits[:, -4:], ours, atol=1e-3, rtol=1e-4)
+
+
+def test_lora_adapts_the_language_model_and_is_merged_when_saved(small, tmp_path): lora_merges(load_policy(small), tmp_path)
+
+
+# -- the shapes of Janus-Pro-1B ------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    folder = official(tmp_path_factory.mktemp("janus")/"full", 100002, **FULL)
+    yield load_policy(folder)
+    shutil.rmtree(folder)
+
+
+@pytest.mark.slow
+def test_full_shapes_draw_answer_train_and_save(full, tmp_path):
+    "One layer in each tower, everything else as in Janus-Pro-1B (a minute of one core, 6 GB): one test, because loading and drawing are dear."
+    lm = full.janus.model.language_model
+    assert (lm.embed_tokens.weight.shape, lm.layers[0].mlp.up_proj.weight.shape) == ((102400, 2048), (5632, 2048))
+    assert full.janus.model.generation_head.vision_head.weight.shape == (16384, 2048) and full.janus.model.vqmodel.quantize.embedding.weight.shape == (16384, 8)
+
+    assert all("language_model" in n for n in full.train_only(list(full.trains)))
+    rollout = full.sample([DRAW, ASK], 1, generator_for("full"), cfg=5.0, max_text=6)
+    image, text = rollout.parts
+    assert image.actions.shape == (1, 576) and image.actions.max() > 12000 and rollout.images[0].shape == (384, 384, 3) and rollout.images[0].dtype == np.uint8
+    assert isinstance(rollout.texts[1], str) and text.context["features"].shape == (1, 576, 2048) and text.context["ids"].shape[1] > 578
+
+    frozen = {n: p.detach().clone() for n, p in full.named_parameters() if not p.requires_grad and "lm_head" not in n}
+    head, trained = full.janus.lm_head.weight[::97].clone(), {n: p[:8].detach().clone() for n, p in full.named_parameters() if p.requires_grad}
+    gaps = []
+    for part in rollout.parts:
+        logp = full(part)
+        gaps.append(float((logp - part.logp_old).detach().abs().max()))
+        logp.sum().backward()
+    assert max(gaps) < 1e-3, gaps
+    torch.optim.SGD([p for p in full.parameters() if p.requires_grad], lr=1e-3).step()
+    full.zero_grad(set_to_none=True)
+    own = dict(full.named_parameters())
+    assert all(torch.equal(p, own[n]) for n, p in frozen.items()) and torch.equal(head, full.janus.lm_head.weight[::97])
+    assert not any(torch.equal(p, own[n][:8]) for n, p in trained.items() if "embed_tokens" not in n)       # those tokens were not used
+    del frozen, trained, own
+
+    lora_merges(full, tmp_path)
+    shutil.rmtree(tmp_path)
