@@ -251,7 +251,7 @@ def test_a_name_stands_for_one_module(policy):
 redness = per_sample("redness", lambda prompt, text, image: float(image[..., 0].mean()), tasks=("generate",))
 length = per_sample("length", lambda prompt, text, image: float(len(text)), tasks=("answer",))
 
-@pytest.mark.parametrize("train", [[], HEADS], ids=["default", "heads"])
+@pytest.mark.parametrize("train", [pytest.param([], id="default"), pytest.param(HEADS, id="heads", marks=pytest.mark.slow)])
 def test_a_step_moves_what_trains_and_nothing_else(train, small, tmp_path):
     "One step of a whole run on the published files; what it leaves behind is a Janus for transformers."
     before = load_policy(small).janus.state_dict()
