@@ -73,7 +73,7 @@ def new_janus(
     torch.manual_seed(seed)
     model = JanusForConditionalGeneration(config)
     _scale_init(model)
-    processor = JanusProcessor(JanusImageProcessor(size=dict(height=image, width=image), min_size=image), tok, num_image_tokens=grid**2)
+    processor = JanusProcessor(JanusImageProcessor(size=dict(height=image, width=image), min_size=1, image_mean=[0.5] * 3, image_std=[0.5] * 3), tok, num_image_tokens=grid**2)
     return JanusPolicy(model, processor)
 
 # %% ../../nbs/21_policies.janus.ipynb #policy
@@ -82,6 +82,13 @@ def _looked_up(embed, codes: int, uses: int, device):
     if codes > uses: return embed
     table = embed(torch.arange(codes, device=device))
     return lambda tokens: table[tokens]
+
+def _check_tokens(tok, config, folder) -> None:
+    "Refuse a tokenizer without the tokens that prompts are made of, or with another picture token than the model's."
+    for name in ("pad_token", "bos_token", "eos_token", "image_token", "boi_token", "eoi_token"):
+        if getattr(tok, name, None) is None: raise UserError(f"{folder}/tokenizer_config.json names no {name}, which Janus's prompts need")
+    if (i := tok.convert_tokens_to_ids(tok.image_token)) != config.image_token_id:
+        raise UserError(f"{folder}: {tok.image_token} is token {i} of the tokenizer, but config.json has image_token_id {config.image_token_id}")
 
 class JanusPolicy(Policy):
     "Janus-Pro (transformers): text answers and images as token sequences."
@@ -98,11 +105,16 @@ class JanusPolicy(Policy):
     @classmethod
     def from_pretrained(cls, folder: str | Path, name: str | None = None, **kwargs) -> "JanusPolicy":
         "Load a checkpoint in transformers' layout: a local folder or a hub name."
-        from transformers import JanusForConditionalGeneration, JanusProcessor
-        model, info = JanusForConditionalGeneration.from_pretrained(folder, output_loading_info=True, **kwargs)
+        from transformers import JanusForConditionalGeneration, JanusProcessor, PreTrainedTokenizerFast
+        model, info = JanusForConditionalGeneration.from_pretrained(folder, output_loading_info=True, **{"dtype": torch.float32} | kwargs)
+        model.config.tie_word_embeddings = model.lm_head.weight is model.model.language_model.embed_tokens.weight
         wrong = {k: sorted(v)[:3] for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if (v := info.get(k))}
         if wrong: raise UserError(f"{folder} does not fit Janus: {wrong}. Was it saved by another version, or cut short?")
-        return cls(model, JanusProcessor.from_pretrained(folder), name or Path(str(folder)).name)
+        tok = PreTrainedTokenizerFast.from_pretrained(folder)                       # tokenizer.json as it is, whatever class it is said to be
+        _check_tokens(tok, model.config, folder)
+        processor = JanusProcessor.from_pretrained(folder)
+        processor.tokenizer = tok
+        return cls(model, processor, name or Path(str(folder)).name)
 
     def save_pretrained(self, folder: str | Path) -> None:
         "Write model and processor in transformers' layout, LoRA merged in."
@@ -133,11 +145,16 @@ class JanusPolicy(Policy):
         size = self.janus.config.vision_config.image_size
         if all(im.shape == (size, size, 3) for im in images):
             return torch.from_numpy(np.stack(images)).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
-        return self.processor.image_processor(list(images), return_tensors="pt")["pixel_values"].to(self.device)
+        half = dict(image_mean=[0.5] * 3, image_std=[0.5] * 3)
+        return self.processor.image_processor(list(images), **half, return_tensors="pt")["pixel_values"].to(self.device)
 
     def _context(self, texts: list[str], images: list | None = None) -> dict:
         "Token ids, mask and picture features of the prompts, left-padded."
-        return self._pad_left(self.tokenizer(texts)["input_ids"], images)
+        return self._pad_left(self._ids(texts), images)
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        "Token rows of prompts, with Janus's first token in front."
+        return [[self.tokenizer.bos_token_id, *row] for row in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
     def _pad_left(self, rows: list[list[int]], images: list | None) -> dict:
         tok = self.tokenizer
@@ -250,7 +267,7 @@ class JanusPolicy(Policy):
             if not which: continue
             if kind == "image":
                 pixels = self._pixels([outputs[i] for i in which])
-                actions = torch.cat([self.janus.model.vqmodel.encode(x).image_tokens.view(len(x), -1) for x in pixels.split(64)])
+                actions = torch.cat([self.janus.model.vqmodel.encode(x.to(self.janus.dtype)).image_tokens.view(len(x), -1) for x in pixels.split(64)])
                 mask = torch.ones_like(actions, dtype=torch.bool)
             else:
                 rows = [self.tokenizer(outputs[i], add_special_tokens=False)["input_ids"] + [eos] for i in which]
@@ -266,7 +283,7 @@ class JanusPolicy(Policy):
         "The most likely answers as plain text (see `Policy`)."
         tok, lm, (embed, head) = self.tokenizer, self.janus.model.language_model, self._ends("text")
         never, stop, eos = (torch.tensor(tok.convert_tokens_to_ids(x), dtype=torch.long, device=self.device) for x in (list(without), until or tok.eos_token, tok.eos_token))
-        rows = self._wrapped(tok(self._asked(prompts))["input_ids"])
+        rows = self._wrapped(self._ids(self._asked(prompts)))
         seen = list({id(p.image): p.image for p in prompts}.values())                     # a picture that several questions are about is read once
         at, cut = {id(im): i for i, im in enumerate(seen)}, rows[0].index(tok.convert_tokens_to_ids(tok.eoi_token)) + 1
         context, asked = self._pad_left([rows[0][:cut]] * len(seen), None), self._pad_left([r[cut:] for r in rows], None)
@@ -282,7 +299,7 @@ class JanusPolicy(Policy):
     def token_states(self, images, texts):
         "Last hidden states of a picture, read through the understanding tower, and of the text after it (see `Policy`)."
         tok, lm = self.tokenizer, self.janus.model.language_model
-        first = tok(self.template.partition("{}")[0] + tok.image_token + "\n")["input_ids"]
+        first = self._ids([self.template.partition("{}")[0] + tok.image_token + "\n"])[0]
         words = [tok(t, add_special_tokens=False)["input_ids"] for t in texts]
         context = self._pad_left([first + w for w in words], images)
         mask, P = context["mask"], context["mask"].shape[1]

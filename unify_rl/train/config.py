@@ -92,7 +92,7 @@ class OptimizerConfig:
 @dataclass
 class ModelConfig:
     "what is trained, and in which precision"
-    train: list[str] = field(default_factory=list)             # name prefixes of trained parameters; []: the policy's choice
+    train: list[str] = field(default_factory=list)             # names of the modules that train, e.g. [language_model, lm_head]; []: the policy's choice
     experts: int = 0                            # replace each pair of experts by this many behind a learned router; 0: keep
     top_k: int = 2                              # experts that a token goes through then
     lora_rank: int = 0                          # train LoRA adapters of this rank; 0: the parameters themselves
