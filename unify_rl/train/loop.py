@@ -166,6 +166,8 @@ class Trainer:
                 if id(part) in unrecorded: unrecorded[id(part)][i] = logp.detach().float()
             for p in parts: p.logp_old = unrecorded.pop(id(p), p.logp_old)              # old is what the first update started from
             stats["grad_norm"] += self._apply(len(jobs)) / updates
+        used = sum(float(w[i].sum()) for _, w, i in jobs)               # rows of dead groups may be left out, and have no ratio
+        if used: stats["ratio_mean"] /= used
         return dict(stats), rows
 
     def _useful(self, part, adv: Advantages) -> torch.Tensor:
