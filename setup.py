@@ -29,7 +29,7 @@ setup(
     packages=find_packages(include=["unify_rl*"]),
     include_package_data=True,
     install_requires=lines("requirements"),
-    extras_require={"dev": lines("dev_requirements")},
+    extras_require={"dev": lines("dev_requirements"), "maths": lines("maths_requirements")},
     entry_points={"console_scripts": lines("console_scripts"), "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
     classifiers=[
         "Development Status :: 3 - Alpha",

@@ -35,7 +35,12 @@ def test_does_not_say_three(given): assert not same_answer(given, "3")
 def test_open_ended_right(given, truth): assert same_answer(given, truth)
 
 @pytest.mark.parametrize("given, truth", [("3 cm", "3 m"), ("yes and no", "yes"), ("yes no", "yes"), ("no", "yes"),
-                                          ("red or blue", "red"), ("left", "left of"), ("1,2", "12"), ("red", "")])
+                                          ("red or blue", "red"), ("left", "left of"), ("1,2", "12"), ("red", ""),
+                                          (".5", "5"), ("-.5", ".5"), ("−3", "3"), ("-5 degrees celsius", "5 degrees celsius"),
+                                          ("1/2", "1, 2"), ("-1, 2", "1, 2"), ("1-2", "1+2"), ("x=2", "x-2"), ("-x", "x"),
+                                          ("[1,2)", "(1,2]"), ("|-3|", "-3"), ("<5", "5"), ("2x", "2"), ("2pi", "2"), ("2xy", "2"),
+                                          ("$5", "€5"), ("A, B", "B"), ("A B", "B"), (r"-\infty", r"\infty"), ("1 2", "12"),
+                                          ("5 m/s", "5 m"), ("2 1", "1 2"), ("5 cm^2", "5 cm")])
 def test_open_ended_wrong(given, truth): assert not same_answer(given, truth)
 
 @pytest.mark.parametrize("given", ["B", "b", "(B)", "[b]", "B.", "B)", "B:", "B. blue", "(B) blue", "B) Blue", "B.blue", "blue",

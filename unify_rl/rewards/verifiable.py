@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from ..core import Detection, Prompt, Rollout, Scores, UserError, nearest
+from .answers import MathsCheck, extract_answer, same_answer
 from ..world.detectors import detect_templates
 from ..world.scenes import World, place, relations
 
 # %% auto #0
-__all__ = ['RULES', 'NUMBER_WORDS', 'REWARDS', 'MODULES', 'Seen', 'check_constraints', 'extract_answer', 'normalize',
-           'same_answer', 'well_formed', 'Reward', 'per_sample', 'Eyes', 'make_reward', 'build_rewards',
-           'check_prompts', 'ScoreTable', 'score']
+__all__ = ['RULES', 'REWARDS', 'MODULES', 'Seen', 'check_constraints', 'well_formed', 'Reward', 'per_sample', 'Eyes',
+           'make_reward', 'build_rewards', 'check_prompts', 'ScoreTable', 'score']
 
 # %% ../../nbs/30_rewards.verifiable.ipynb #rules
 @dataclass
@@ -92,45 +92,6 @@ def _rule(prompt: Prompt, c) -> Callable:
     except TypeError as e:
         raise UserError(f"prompt {prompt.id!r}: constraint {c.kind!r} has the wrong parameters {dict(c.params)}: {e}") from None
     return RULES[c.kind]
-
-# %% ../../nbs/30_rewards.verifiable.ipynb #answer
-NUMBER_WORDS = dict(zip("zero one two three four five six seven eight nine ten".split(), range(11)))
-
-def extract_answer(text: str | None) -> tuple:
-    "The content of the only <answer> tag: (answer, '') or (None, why not)."
-    found = re.findall(r"<answer>(.*?)</answer>", text or "", re.S)
-    if not found: return None, "no <answer>…</answer>"
-    if len(found) > 1: return None, f"{len(found)} answers"
-    return (found[0].strip(), "") if found[0].strip() else (None, "the answer is empty")
-
-_NUMBER = re.compile(r"([-+]?(?:\d{1,3}(?:,\d{3})+|\d{1,15})(?:\.\d+)?)\s*(%|[a-z]+)?")
-
-def normalize(answer: str) -> tuple:
-    "What an answer means: (number, unit), or (words, '') in lower case without punctuation and articles."
-    t = re.sub(r"^[^\w+-]+|[^\w%]+$", "", answer.strip().lower())
-    first, _, rest = t.partition(" ")
-    t = f"{NUMBER_WORDS.get(first, first)} {rest}".strip()
-    m = _NUMBER.fullmatch(t)
-    if m: return float(m[1].replace(",", "")), m[2] or ""
-    words = " ".join(w for w in t.split() if w not in ("a", "an", "the"))
-    return " ".join(re.sub(r"[^\w\s]", " ", words).split()), ""
-
-def _means(given: str, truth: str) -> bool:
-    "Equal numbers or equal words; a unit counts only if both name one."
-    (a, unit_a), (b, unit_b) = normalize(given), normalize(truth)
-    return a == b and (not unit_a or not unit_b or unit_a == unit_b)
-
-def same_answer(given: str, truth: str, choices: Sequence[str] = ()) -> bool:
-    "Whether an answer equals the truth: a letter or its option for multiple choice, a number or words otherwise (CoRL C3)."
-    if not choices: return _means(given, truth)
-    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[:len(choices)]
-    by_text = next((i for i, o in enumerate(choices) if _means(truth, o)), -1)
-    right = letters.find(truth.strip().upper()) if len(truth.strip()) == 1 else by_text
-    if right < 0: raise ValueError(f"the right answer {truth!r} is none of the {len(choices)} choices")
-    said = re.fullmatch(r"[(\[]?([A-Za-z])(?:[)\].:]+|(?=\s)|$)\s*(.*)", given.strip(" \t\n*`'\""), re.S)
-    if said and said[1].upper() in letters and not _means(given, choices[right]):
-        return said[1].upper() == letters[right] and (not said[2] or _means(said[2], choices[right]))
-    return _means(given, choices[right])
 
 # %% ../../nbs/30_rewards.verifiable.ipynb #format
 _INSIDE = r"(?:(?!</?(?:think|answer)>).)*"
@@ -221,17 +182,22 @@ def _rules(name: str, combine: Callable, eyes: Eyes) -> Reward:
         for c in prompt.constraints: _rule(prompt, c)
     return Reward(name, judge, ("generate", "edit", "joint"), check=check)
 
-def _accuracy(prompt, text, image):
-    if prompt.answer is None: return None, "the prompt has no answer to compare with"
-    answer, why = extract_answer(text)
-    if answer is None: return 0.0, why
-    return float(same_answer(answer, prompt.answer, prompt.choices)), f"said {answer!r}, right is {prompt.answer!r}"
-
-def _has_answer(prompt):
-    try: same_answer("", prompt.answer, prompt.choices)
-    except (AttributeError, ValueError) as e:
-        why = "has no answer" if prompt.answer is None else f"cannot be judged: {e}"
-        raise UserError(f"prompt {prompt.id!r} {why}; reward 'accuracy' needs one. Mend the data, or leave it out") from None
+def _accuracy(eyes, maths: bool = False, seconds: float = 2.0) -> Reward:
+    "1 for a right answer; with `maths` also for one that is equal as mathematics, if that is decided within `seconds`."
+    equal = MathsCheck(seconds) if maths else None
+    def judge(prompt, text, image):
+        if prompt.answer is None: return None, "the prompt has no answer to compare with"
+        answer, why = extract_answer(text)
+        if answer is None: return 0.0, why
+        right, why = same_answer(answer, prompt.answer, prompt.choices), ""
+        if equal and not right and not prompt.choices: right, why = equal(answer, prompt.answer)
+        return None if right is None else float(right), f"said {answer!r}, right is {prompt.answer!r}" + (why and f" ({why})")
+    def check(prompt):
+        try: same_answer("", prompt.answer, prompt.choices); why = equal.key_problem(prompt.answer) if equal and not prompt.choices else ""
+        except (AttributeError, TypeError, ValueError) as e: why = e
+        if prompt.answer is None: why = "it has no answer"
+        if why: raise UserError(f"prompt {prompt.id!r} cannot be judged by reward 'accuracy': {why}. Mend the data, or leave it out")
+    return per_sample("accuracy", judge, ("answer", "joint"), check)
 
 def _answer_format(prompt, text, image):
     ok, why = well_formed(text)
@@ -240,7 +206,7 @@ def _answer_format(prompt, text, image):
 REWARDS: dict[str, Callable] = dict(
     constraints=lambda eyes: _rules("constraints", np.mean, eyes),
     strict=lambda eyes: _rules("strict", lambda oks: float(all(oks)), eyes),
-    accuracy=lambda eyes: per_sample("accuracy", _accuracy, ("answer", "joint"), _has_answer),
+    accuracy=_accuracy,
     format=lambda eyes: per_sample("format", _answer_format, ("answer", "joint")),
     given=lambda eyes: per_sample("given", lambda prompt, text, image: (1.0, "as the data has it")),
 )
