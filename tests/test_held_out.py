@@ -9,7 +9,7 @@ from unify_rl.rewards.verifiable import check_constraints
 from unify_rl.world.detectors import detect_templates
 from unify_rl.world.prompts import (CATEGORIES, EDITS, RIDDLES, captioned, constraints, draw_prompts, edit_prompts, is_held_out,
                                     riddle_prompts, split_combinations)
-from unify_rl.world.questions import KINDS, question_prompts
+from unify_rl.world.questions import KINDS, joint_prompts, question_prompts
 from unify_rl.world.scenes import World, render_batch
 
 
@@ -34,6 +34,7 @@ def test_suites_are_large_held_out_and_reproducible(tested, name):
 
 def test_training_prompts_and_suites_share_nothing(tested):
     train = [*draw_prompts("train"), *riddle_prompts("train"), *edit_prompts("train", 1200), *question_prompts("train", 1200)]
+    train += [half for p in joint_prompts("train", 600) for half in (p, p.meta["question"])]
     test = [p for prompts in tested.values() for p in prompts]
     assert not {meaning(p) for p in train} & {meaning(p) for p in test}
     assert not {content(p) for p in train} & {content(p) for p in test}

@@ -24,8 +24,9 @@ from torch import Tensor
 from ..core import Prompt, Rollout, Scores, UserError, nearest
 from ..policies.base import Policy
 from ..policies.load import FAMILIES, load_policy, policies
+from .answers import NUMBER_WORDS
 from .siglip import ABOUT, BREAKS, NOT, SPATIAL, load_siglip
-from .verifiable import NUMBER_WORDS, Reward
+from .verifiable import Reward
 from ..world.scenes import COLORS, SHAPES, Thing, World, place, relations
 
 # %% auto #0
