@@ -98,9 +98,9 @@ def test_each_kind_of_action_has_its_own_kl(tmp_path):
 
 
 @pytest.mark.parametrize("drawing", [dict(estimator="forward", same_start=True), dict(estimator="none", same_start=True)])
-def test_one_start_without_stochastic_steps_is_refused(tmp_path, drawing):
-    "All pictures of a group would be equal, and no advantage left."
-    with pytest.raises(UserError, match="same_start without stochastic steps"): trainer(tmp_path/"a", drawing).step()
+def test_one_start_without_stochastic_steps_is_refused(drawing):
+    "All pictures of a group would be equal, and no advantage left: said before a run starts."
+    with pytest.raises(UserError, match="same_start without stochastic steps"): bagel().check_drawing(drawing)
 
 
 def test_a_reward_that_learns_is_refused_in_several_processes(tmp_path, monkeypatch):
