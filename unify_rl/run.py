@@ -145,7 +145,7 @@ def run_suites(
     return out
 
 def read_verdicts(run_dir: Path, name: str) -> dict[str, Result] | None:
-    "The results of the stage 'before' or 'after', if they are there."
+    "The results of the test 'before' or 'after', if they are there."
     path = run_dir/"eval"/f"{name}.json"
     if not path.exists(): return None
     try: return {k: Result.from_json(json.dumps(v)) for k, v in json.loads(path.read_bytes()).items()}
@@ -153,7 +153,7 @@ def read_verdicts(run_dir: Path, name: str) -> dict[str, Result] | None:
         raise UserError(f"{path} cannot be read ({e}); delete it and resume: the test is made again") from None
 
 def write_verdicts(log: RunLog, name: str, results: dict[str, Result]) -> None:
-    "Keep a stage: some outputs with pictures, then all verdicts."
+    "Keep a test: some outputs with pictures, then all verdicts."
     rows, images = zip(*(r.samples() for r in results.values())) if results else ((), ())
     log.log_samples(name, sum(rows, []), sum(images, []))
     write_aside(log.dir/"eval"/f"{name}.json", json.dumps({k: json.loads(r.to_json()) for k, r in results.items()}))
@@ -432,16 +432,17 @@ def _run_stages(cfg: Config, resume: bool, prompts: list | None, rewards: list |
     plan, starts = stage_configs(cfg), stage_starts(cfg)
     max_text = max(c.rollout.max_text for _, c in plan if c)
     test = lambda policy, title: run_suites(policy, cfg.evaluate, cfg.seed, max_text, screen, title)
-    load_policy(cfg.policy)                                              # what is wrong with it is said before a folder is made
+    tested_before = (Path(cfg.run_dir)/"eval"/"before.json").exists()
+    base = None if tested_before else load_policy(cfg.policy)            # what is wrong with it is said before a folder is made
     log = RunLog(cfg.run_dir, resume)
     write_aside(log.dir/"config.yaml", to_yaml(cfg))
-    if read_verdicts(log.dir, "before") is None: write_verdicts(log, "before", test(load_policy(cfg.policy), "before"))
+    if base: write_verdicts(log, "before", test(base, "before"))
+    del base                                                             # each stage loads what it starts from
     tested = {"base": (log.dir, "before")}
     for s, c in plan:
         folder = log.dir/s.name
         screen.say(f"\nstage {s.name}: {f'merge of {chr(44).join(s.merge)}' if s.merge else f'{s.recipe}, from {starts[s.name]}'}")
         if c and not (folder/"summary.json").exists():
-            c.rollout.max_text = max_text
             if not _run_one(c, (folder/"config.yaml").exists(), None, None, screen, tested[starts[s.name]]): return False
         if s.merge: _run_merge(cfg, s, log.dir, test)
         tested[s.name] = (folder, "after")

@@ -105,10 +105,10 @@ def extend(
     remat: bool = False,
 ) -> Tensor:                    # [b, T, D] final hidden states
     "Run given outputs against their prompts' keys and values, differentiably."
-    return _after(lm, prefix, index_b, embeds_bTD, torch.ones(embeds_bTD.shape[:2], dtype=torch.bool, device=index_b.device), remat)[0]
+    return _after(lm, prefix, index_b, embeds_bTD, torch.ones(embeds_bTD.shape[:2], dtype=torch.bool, device=index_b.device), remat, False)[0]
 
-def _after(lm, prefix: Prefix, index_b: Tensor, embeds_bTD: Tensor, mask_bT: Tensor, remat: bool) -> tuple:
-    "(final hidden states of further tokens, keys and values of prefix and tokens together, a list each)."
+def _after(lm, prefix: Prefix, index_b: Tensor, embeds_bTD: Tensor, mask_bT: Tensor, remat: bool, keep: bool) -> tuple:
+    "(final hidden states of further tokens; if they are kept, keys and values of prefix and tokens together, a list each)."
     b, T, _ = embeds_bTD.shape
     pos = prefix.length_n[index_b, None] + (mask_bT.cumsum(-1) - 1).clamp(min=0)
     causal = torch.ones(T, T, dtype=torch.bool, device=index_b.device).tril()
@@ -117,7 +117,8 @@ def _after(lm, prefix: Prefix, index_b: Tensor, embeds_bTD: Tensor, mask_bT: Ten
     keys, values = {}, {}
     def attend_for(i):
         def attend(q, k, v):
-            keys[i], values[i] = k, v = torch.cat([prefix.keys[i][index_b], k], 2), torch.cat([prefix.values[i][index_b], v], 2)
+            k, v = torch.cat([prefix.keys[i][index_b], k], 2), torch.cat([prefix.values[i][index_b], v], 2)
+            if keep: keys[i], values[i] = k, v                   # not in training: recomputed activations would be held all the same
             return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, enable_gqa=q.shape[1] != k.shape[1])
         return attend
     hidden = _run(lm, embeds_bTD, pos, attend_for, remat)
@@ -130,7 +131,7 @@ def lengthen(
     mask_bT: Tensor,            # [b, T] bool, False at padding
 ) -> Prefix:                    # b prefixes
     "Prompts with a beginning in common, e.g. several questions about one picture, whose beginning is encoded once."
-    hidden, keys, values = _after(lm, prefix, index_b, embeds_bTD, mask_bT, False)
+    hidden, keys, values = _after(lm, prefix, index_b, embeds_bTD, mask_bT, False, True)
     return Prefix(keys, values, torch.cat([prefix.mask_nP[index_b], mask_bT], 1), prefix.length_n[index_b] + mask_bT.sum(-1), hidden[:, -1])
 
 # %% ../../nbs/10_mechanisms.tokens.ipynb #chunk
