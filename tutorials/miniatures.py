@@ -3,13 +3,16 @@
     python tutorials/miniatures.py lvrpo                      # all experiments of tutorials/lvrpo.yaml
     python tutorials/miniatures.py lvrpo group-size --seeds 0 1 2
 
-Finished runs in --out are not repeated. The numbers go to tutorials/results/PAPER.json, which the notebook reads, some pictures beside it.
+Finished runs in --out are not repeated. The numbers go to tutorials/results/PAPER.json, some pictures beside it; the paper's notebook shows them.
 """
 import argparse
+import io
 import json
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import torch
 import yaml
 from PIL import Image
@@ -28,6 +31,11 @@ def kept(path: Path, make) -> Result:
     return Result.from_json(path.read_text())
 
 
+def small(picture: Image.Image, colors: int = 64) -> Image.Image:
+    "With few colors: a notebook keeps its pictures, and stays small."
+    return picture.convert("RGB").quantize(colors, dither=Image.Dither.NONE)
+
+
 def strip(run: unify_rl.Run, groups: int = 3, scale: int = 3) -> Image.Image | None:
     "The first pictures of the last reward groups that were kept, one row a group; None if they are all text."
     table = run.groups()
@@ -35,7 +43,7 @@ def strip(run: unify_rl.Run, groups: int = 3, scale: int = 3) -> Image.Image | N
     rows = [[framed(name) for name in g["image"][:8] if name is not None] for _, g in table.groupby("prompt_index")]
     wide = max(map(len, rows))
     rows = [np.concatenate(r, 1) for r in rows if len(r) == wide > 0]
-    return None if not rows[:groups] else Image.fromarray(np.concatenate(rows[:groups]).repeat(scale, 0).repeat(scale, 1))
+    return small(Image.fromarray(np.concatenate(rows[:groups]).repeat(scale, 0).repeat(scale, 1))) if rows[:groups] else None
 
 
 def train(spec: dict, recipe: str, settings: list, seed: int, folder: Path, threads: int) -> dict:
@@ -97,6 +105,32 @@ def curves(run: unify_rl.Run) -> dict:
     "What is drawn of a run: each measurement of rewards, objective and seconds, a number a step. Of a merge, nothing."
     m = run.metrics
     return {c: [round(float(v), 4) for v in m[c]] for c in m if c.startswith(("reward/", "objective/", "seconds/"))}
+
+
+def table(found: dict, name: str) -> pd.DataFrame:
+    "An experiment: change of each suite against the base with its interval, and the median seconds of a step."
+    rows = {}
+    for variant, r in found["experiments"][name].items():
+        seconds = [sum(c[k][i] for k in c if k.startswith("seconds/")) for c in r["curves"] for i in range(1, len(c.get("reward/total", ())))]
+        rows[variant] = {s.removeprefix("shapes-"): f"{v['change']:+.3f} ({v['ci95'][0]:+.3f}, {v['ci95'][1]:+.3f})" for s, v in r["suites"].items()}
+        rows[variant] |= {"s/step": f"{np.median(seconds):.1f}" if seconds else "", "seeds": len(r["seeds"])}
+    return pd.DataFrame(rows).T
+
+
+def figure(found: dict, name: str, keys: dict, smooth: int = 9, width: float = 3.2) -> Image.Image:
+    "Training curves of an experiment's variants, means over seeds and over `smooth` steps; keys: metric -> title."
+    fig, axes = plt.subplots(1, len(keys), figsize=(width * len(keys), 2.4), dpi=70, squeeze=False)
+    for ax, (key, title) in zip(axes[0], keys.items()):
+        for i, (variant, r) in enumerate(found["experiments"][name].items()):
+            lines = [c[key] for c in r["curves"] if key in c]
+            if lines: ax.plot(np.convolve(np.mean(lines, 0), np.ones(smooth) / smooth, "valid"), label=variant, color=f"C{i}")
+        ax.set_title(title, fontsize=9); ax.set_xlabel("step", fontsize=8); ax.tick_params(labelsize=7)
+    axes[0, 0].legend(fontsize=7)
+    fig.tight_layout()
+    png = io.BytesIO()
+    fig.savefig(png)
+    plt.close(fig)
+    return small(Image.open(png), 32)
 
 
 if __name__ == "__main__":
