@@ -113,6 +113,8 @@ def test_a_recipe_with_tasks():
     t2i, mcq, oe = (load_config("corl-refined", overrides=[f"task={t}"]) for t in ("t2i", "mcq", "oe"))
     assert (t2i.data.tasks, [r.name for r in t2i.rewards if r.weight]) == ({"generate": 1.0}, ["cycle", "tim"])
     assert (mcq.data.questions, oe.data.questions) == ("choice", "open") and mcq.rewards == oe.rewards and mcq.run_dir == "runs/corl-refined-mcq-tiny-janus-s0"
+    cycle_only = load_config("corl-refined", overrides=["task=t2i", "rewards.tim.weight=0"])       # a setting of what only the task has
+    assert {r.name: r.weight for r in cycle_only.rewards} == {"cycle": 1.0, "tim": 0.0, "strict": 0.0}
     full = load_config("corl-refined", "deepseek-community/Janus-Pro-1B", overrides=["task=mcq"])
     assert (full.optimizer.lr, full.objective.beta, full.rollout.group_size, full.rollout.prompts) == (1e-6, .02, 16, 32)       # Table 5
     with pytest.raises(UserError, match="'grpo' has no such task"): load_config("grpo", overrides=["task=mcq"])

@@ -55,6 +55,16 @@ def train(spec: dict, recipe: str, settings: list, seed: int, folder: Path, thre
     return {s: unify_rl.Run(folder / s) for s in unify_rl.Run(folder).summary.get("stages", {"": 0})}
 
 
+def variants(spec: dict) -> dict:
+    "(experiment, variant) -> its recipe, its settings and the name of its runs; the same run under two names is trained once."
+    found, names = {}, {}
+    for name, variant, what in ((n, v, w) for n, e in spec["experiments"].items() for v, w in e.items()):
+        recipe, settings = (what["recipe"], what.get("settings", [])) if isinstance(what, dict) else (spec["recipe"], what)
+        key = names.setdefault((recipe, *settings), f"{name}-{variant}".replace(" ", "_").replace("=", ""))
+        found[name, variant] = recipe, settings, key
+    return found
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("paper", choices=sorted(f.stem for f in HERE.glob("*.yaml")))
@@ -67,6 +77,7 @@ def main() -> None:
     spec = yaml.safe_load((HERE / f"{a.paper}.yaml").read_text())
     unknown = set(a.experiments) - set(spec["experiments"])
     if unknown: p.error(f"unknown experiment {sorted(unknown)}; {a.paper} has {', '.join(spec['experiments'])}")
+    runs_of = variants(spec)
     out, seeds = Path(a.out or f"runs/miniatures-{a.paper}"), a.seeds or spec["seeds"]
     out.mkdir(parents=True, exist_ok=True)
     suites = {s: load_suite(s, n) for s, n in spec["suites"].items()}
@@ -78,10 +89,8 @@ def main() -> None:
 
     for name in a.experiments or spec["experiments"]:
         rows = found["experiments"][name] = {}
-        for variant, of in spec["experiments"][name].items():
-            recipe, settings = (of["recipe"], of.get("settings", [])) if isinstance(of, dict) else (spec["recipe"], of)
-            plain = not settings and recipe == spec["recipe"]                                 # the recipe itself is trained once
-            key = "plain" if plain else f"{name}-{variant}".replace(" ", "_").replace("=", "")
+        for variant in spec["experiments"][name]:
+            recipe, settings, key = runs_of[name, variant]
             seeded = [train(spec, recipe, settings, seed, out / f"{key}-s{seed}", a.threads) for seed in seeds]
             for stage in seeded[0]:
                 runs, after = [runs[stage] for runs in seeded], {s: [] for s in suites}

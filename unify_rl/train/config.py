@@ -411,18 +411,19 @@ def load_config(
     if config_file: layers.append(read_layer(Path(config_file)))
     overrides = [f"policy={policy}"] * bool(policy) + list(overrides)
 
-    def build(task, name):
+    def build(task, name, overrides):
         tree = {"recipe": recipe}
         for layer, overlays in layers:
             of_policy = overlays["policies"].get(name) or overlays["policies"].get(Path(name).name) or {}
             for settings in (layer, overlays["tasks"].get(task, {}), of_policy): tree = merge(Config, tree, settings)
         return apply_overrides(from_dict(Config, tree), overrides)
 
-    first, tasks = build("", ""), {t for _, overlays in layers for t in overlays["tasks"]}
+    choice = [o for o in overrides if o.partition("=")[0].strip() in ("policy", "task")]       # which decide what the others are said of
+    first, tasks = build("", "", choice), {t for _, overlays in layers for t in overlays["tasks"]}
     if first.task not in tasks and (first.task or tasks):
         raise UserError(f"the recipe {recipe!r} needs a task, e.g. task={sorted(tasks)[0]}" if tasks and not first.task else
                         f"task={first.task}: the recipe {recipe!r} has no such task. {nearest(first.task, tasks)}")
-    cfg = build(first.task, first.policy)
+    cfg = build(first.task, first.policy, overrides)
     if cfg.recipe != recipe: raise UserError(f"the recipe is {recipe!r}, but the settings say recipe: {cfg.recipe!r}")
     return resolve(cfg)
 
