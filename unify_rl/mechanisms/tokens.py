@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from ..core import UserError
 
 # %% auto #0
-__all__ = ['guide', 'shape_logits', 'Prefix', 'encode_prefix', 'extend', 'lengthen', 'token_logp', 'states_before', 'Sampled',
-           'sample_tokens']
+__all__ = ['guide', 'shape_logits', 'Prefix', 'run_layers', 'encode_prefix', 'extend', 'lengthen', 'token_logp', 'states_before',
+           'Sampled', 'sample_tokens']
 
 # %% ../../nbs/10_mechanisms.tokens.ipynb #shape
 def guide(
@@ -68,7 +68,7 @@ class Prefix:
     length_n: Tensor    # [n] real tokens, the position of the next one
     last_nD: Tensor     # [n, D] final hidden state of the last real token
 
-def _run(lm, x: Tensor, pos: Tensor, attend_for: Callable, remat: bool) -> Tensor:
+def run_layers(lm, x: Tensor, pos: Tensor, attend_for: Callable, remat: bool) -> Tensor:
     "All layers and the final norm; `attend_for(i)` gives layer i's attention."
     cos, sin = (t[:, None] for t in lm.rotary_emb(x, pos))
     for i, layer in enumerate(lm.layers):
@@ -93,7 +93,7 @@ def encode_prefix(
             keys[i], values[i] = k, v
             return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, enable_gqa=q.shape[1] != k.shape[1])
         return attend
-    hidden = _run(lm, embeds_nPD, pos, attend_for, remat)
+    hidden = run_layers(lm, embeds_nPD, pos, attend_for, remat)
     last = (mask_nP * torch.arange(P, device=mask_nP.device)).argmax(-1)
     L = range(len(lm.layers))
     return Prefix([keys[i] for i in L], [values[i] for i in L], mask_nP, mask_nP.sum(-1), hidden[torch.arange(n), last])
@@ -121,7 +121,7 @@ def _after(lm, prefix: Prefix, index_b: Tensor, embeds_bTD: Tensor, mask_bT: Ten
             if keep: keys[i], values[i] = k, v                   # not in training: recomputed activations would be held all the same
             return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, enable_gqa=q.shape[1] != k.shape[1])
         return attend
-    hidden = _run(lm, embeds_bTD, pos, attend_for, remat)
+    hidden = run_layers(lm, embeds_bTD, pos, attend_for, remat)
     return hidden, [keys[i] for i in range(len(keys))], [values[i] for i in range(len(values))]
 
 def lengthen(

@@ -24,16 +24,15 @@ from ..mechanisms.tokens import Prefix, sample_tokens, token_logp
 from ..mechanisms.flow import (forward_draws, forward_velocities, means_kl, means_logp, normal_like, sample_flow, sde_means, sde_window,
                                       timesteps, velocities_kl, velocities_logp)
 from ..mechanisms.mot import GEN, MoTBody, make_route, router_stats, upcycle
-from .base import Policy
+from .base import Policy, check_keys, check_picture, check_types, file_shapes, from_section, output_generators
 from .janus import TAGS
 
 # %% auto #0
 __all__ = ['VAE_NAMES', 'LLM_KEYS', 'VIT_KEYS', 'FILES', 'SPECIALS', 'THINK', 'RENORMS', 'GUIDANCE', 'ESTIMATORS', 'FULL',
            'NO_TEXT', 'NO_IMAGE', 'TEXT', 'VIT', 'VAE', 'patchify', 'unpatchify', 'places', 'sincos_table',
            'SiglipLayer', 'SiglipTower', 'Bagel', 'vae_name', 'vae_state', 'new_vae', 'vae_sizes', 'read_config',
-           'file_shapes', 'check_vae', 'build', 'check_keys', 'open_folder', 'bagel_shapes', 'qwen_words', 'new_bagel',
-           'check_types', 'from_section', 'Guidance', 'guide_velocity', 'Drawing', 'Estimator', 'layout',
-           'GroupDecoder', 'check_picture', 'BagelPolicy']
+           'check_vae', 'build', 'open_folder', 'bagel_shapes', 'qwen_words', 'new_bagel', 'Guidance', 'guide_velocity',
+           'Drawing', 'Estimator', 'layout', 'GroupDecoder', 'BagelPolicy']
 
 # %% ../../nbs/22_policies.bagel.ipynb #patch
 def patchify(x: Tensor, p: int) -> Tensor:
@@ -180,14 +179,6 @@ def read_config(folder: Path) -> dict:
         if lost: raise UserError(f"{folder/name}.json has no {lost[0]!r}")
     return out
 
-def file_shapes(file: Path) -> dict:
-    "Name -> shape of the tensors of a safetensors file; only its header is read."
-    from safetensors import SafetensorError, safe_open
-    try:
-        with safe_open(file, "np") as f: return {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
-    except FileNotFoundError: raise UserError(f"{file} is missing: {file.parent} is not a whole BAGEL folder") from None
-    except (SafetensorError, OSError) as e: raise UserError(f"{file} is damaged or cut short: {e}. Copy or download it again") from None
-
 def check_vae(channels: tuple, z: int, top: dict, vae2llm: tuple | None) -> None:
     "Refuse an autoencoder that the network was not made for: another size of latents, or another reduction."
     said, p = top.get("vae_config") or {}, top.get("latent_patch_size", 2)
@@ -209,14 +200,6 @@ def build(config: dict, shapes: dict, ae_shapes: dict) -> tuple:
         if "experts" in top:
             for layer in net.language_model.model.layers: upcycle(layer, top["experts"], top.get("top_k", 2))
         return net, new_vae(channels, blocks, z)
-
-def check_keys(want: dict, have: dict, file: str) -> None:
-    "Every key used, none missing, shapes right; else a `UserError` that names the key."
-    lost, spare = [k for k in want if k not in have], [k for k in have if k not in want]
-    odd = [k for k in want if k in have and tuple(want[k]) != tuple(have[k])]
-    if lost: raise UserError(f"{file}: {lost[0]} is missing" + (f" (and {len(lost) - 1} more)" if lost[1:] else "") + (f"; {spare[0]} is not known" if spare else ""))
-    if spare: raise UserError(f"{file}: {spare[0]} belongs to no part of the model that the configuration describes")
-    if odd: raise UserError(f"{file}: {odd[0]} is {tuple(have[odd[0]])}, but the configuration says {tuple(want[odd[0]])}")
 
 def open_folder(folder: Path) -> tuple:
     "Configuration, shapes in the two weight files, and the empty network and autoencoder that they describe."
@@ -283,21 +266,6 @@ def new_bagel(
     return BagelPolicy(net, new_vae(vae, 1, z), tok, dict(config=top, llm_config=llm, vit_config=vit))
 
 # %% ../../nbs/22_policies.bagel.ipynb #guide
-def check_types(x, where: str) -> None:
-    "Refuse settings of another type than their default's."
-    for f in fields(x):
-        v, kind = getattr(x, f.name), type(f.default)
-        if type(v) is not kind and (kind, type(v)) not in ((float, int), (tuple, list)):
-            raise UserError(f"{where}.{f.name} is {v!r}; it must be of type {kind.__name__}")
-
-def from_section(kind: type, x: dict, where: str):
-    "Settings from a section of `config.json`, or a `UserError` that says where they stand."
-    names = [f.name for f in fields(kind)]
-    for k in x:
-        if k not in names: raise UserError(f"config.json: unknown setting {k!r} in {where}. {nearest(k, names)}")
-    try: return kind(**x)
-    except UserError as e: raise UserError(f"config.json, {where}: {e}") from None
-
 @dataclass(frozen=True)
 class Guidance:
     "Classifier-free guidance of a velocity, besides the text scale (`cfg`)."
@@ -426,13 +394,6 @@ class GroupDecoder:
         return out
 
 # %% ../../nbs/22_policies.bagel.ipynb #policy
-def check_picture(image, where: str) -> None:
-    "Refuse what is not a picture."
-    shape = tuple(getattr(image, "shape", ()))
-    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and len(shape) == 3 and shape[2] == 3 and min(shape) > 0: return
-    raise UserError(f"{where}: a picture must be a numpy array [height, width, 3] of uint8, got {type(image).__name__} {list(shape)} "
-                    f"of {getattr(image, 'dtype', 'no type')}. From a file: np.asarray(Image.open(file).convert('RGB'))")
-
 class BagelPolicy(Policy):
     "BAGEL: answers, pictures, edits, and thoughts before pictures."
     tasks = ("generate", "answer", "edit", "joint")
@@ -779,7 +740,7 @@ class BagelPolicy(Policy):
         e, guidance = ESTIMATORS[d.estimator], self.guidance[kind]
         window = e.window(d, generator_for("window", seed))
         flow = dict(times=timesteps(d.steps, d.shift).tolist(), window=window, noise_level=d.noise_level, form=d.form, reduction=d.reduction, weighting=d.weighting)
-        noises = _generators(out.prompts, which, G, seed)
+        noises = output_generators(out.prompts, which, G, seed)
         noise = normal_like(torch.empty(len(rows), math.prod(grid), self.net.vae2llm.in_features, device=self.device), noises)
         times, ahead = flow["times"], window[0] if d.same_start and thoughts is None else 0
         if ahead: noise = sample_flow(self.velocity(context, index[::G], grid, cfg, guidance), noise[::G], times[:ahead + 1]).final      # once a group
@@ -871,11 +832,3 @@ class BagelPolicy(Policy):
         actions = torch.tensor([r + [self.ids["pad"]] * (T - len(r)) for r in rows], device=dev)
         mask = torch.tensor([[True] * len(r) + [False] * (T - len(r)) for r in rows], device=dev)
         out.parts.append(Part("text", torch.tensor(which, device=dev), actions, mask, context, torch.arange(len(which), device=dev)))
-
-def _generators(prompts: list, which: list, G: int, seed: int) -> list:
-    "One generator for each row, named by its prompt (and its occurrence in the batch) and its number in the group: neighbours do not matter."
-    seen, out = {}, []
-    for i, p in enumerate(prompts):
-        k = seen[p.id] = seen.get(p.id, -1) + 1
-        if i in which: out += [generator_for("draw", seed, p.id, k, g) for g in range(G)]
-    return out

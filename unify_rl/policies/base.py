@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import copy
 from contextlib import contextmanager
-from typing import Callable
+from dataclasses import fields
 from pathlib import Path
+from typing import Callable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..core import Part, Prompt, Rollout, UserError, nearest
+from ..core import Part, Prompt, Rollout, UserError, generator_for, nearest
 
 # %% auto #0
-__all__ = ['Policy']
+__all__ = ['Policy', 'file_shapes', 'check_keys', 'check_types', 'from_section', 'check_picture', 'output_generators']
 
 # %% ../../nbs/20_policies.base.ipynb #policy
 class Policy(nn.Module):
@@ -124,3 +126,50 @@ class Policy(nn.Module):
             return
         if getattr(self, "_reference", None) is None: raise UserError("there is no reference: call keep_reference() before training, or set objective.beta=0")
         with torch.no_grad(): yield self._reference
+
+# %% ../../nbs/20_policies.base.ipynb #shared
+def file_shapes(file: Path) -> dict:
+    "Name -> shape of the tensors of a safetensors file; only its header is read."
+    from safetensors import SafetensorError, safe_open
+    try:
+        with safe_open(file, "np") as f: return {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
+    except FileNotFoundError: raise UserError(f"{file} is missing: {file.parent} is not a whole policy folder") from None
+    except (SafetensorError, OSError) as e: raise UserError(f"{file} is damaged or cut short: {e}. Copy or download it again") from None
+
+def check_keys(want: dict, have: dict, file: str) -> None:
+    "Every key used, none missing, shapes right; else a `UserError` that names the key."
+    lost, spare = [k for k in want if k not in have], [k for k in have if k not in want]
+    odd = [k for k in want if k in have and tuple(want[k]) != tuple(have[k])]
+    if lost: raise UserError(f"{file}: {lost[0]} is missing" + (f" (and {len(lost) - 1} more)" if lost[1:] else "") + (f"; {spare[0]} is not known" if spare else ""))
+    if spare: raise UserError(f"{file}: {spare[0]} belongs to no part of the model that the configuration describes")
+    if odd: raise UserError(f"{file}: {odd[0]} is {tuple(have[odd[0]])}, but the configuration says {tuple(want[odd[0]])}")
+
+def check_types(x, where: str) -> None:
+    "Refuse settings of another type than their default's."
+    for f in fields(x):
+        v, kind = getattr(x, f.name), type(f.default)
+        if type(v) is not kind and (kind, type(v)) not in ((float, int), (tuple, list)):
+            raise UserError(f"{where}.{f.name} is {v!r}; it must be of type {kind.__name__}")
+
+def from_section(kind: type, x: dict, where: str):
+    "Settings from a section of `config.json`, or a `UserError` that says where they stand."
+    names = [f.name for f in fields(kind)]
+    for k in x:
+        if k not in names: raise UserError(f"config.json: unknown setting {k!r} in {where}. {nearest(k, names)}")
+    try: return kind(**x)
+    except UserError as e: raise UserError(f"config.json, {where}: {e}") from None
+
+def check_picture(image, where: str) -> None:
+    "Refuse what is not a picture."
+    shape = tuple(getattr(image, "shape", ()))
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and len(shape) == 3 and shape[2] == 3 and min(shape) > 0: return
+    raise UserError(f"{where}: a picture must be a numpy array [height, width, 3] of uint8, got {type(image).__name__} {list(shape)} "
+                    f"of {getattr(image, 'dtype', 'no type')}. From a file: np.asarray(Image.open(file).convert('RGB'))")
+
+def output_generators(prompts: list, which: list, G: int, seed: int) -> list:
+    "One generator for each row, named by its prompt (and its occurrence in the batch) and its number in the group: neighbours do not matter."
+    seen, out = {}, []
+    for i, p in enumerate(prompts):
+        k = seen[p.id] = seen.get(p.id, -1) + 1
+        if i in which: out += [generator_for("draw", seed, p.id, k, g) for g in range(G)]
+    return out
