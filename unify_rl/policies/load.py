@@ -15,6 +15,7 @@ import torch
 
 from ..core import UserError, nearest
 from .bagel import FILES as BAGEL_FILES, BagelPolicy, bagel_shapes
+from .dimoo import VQ_FOLDER, VQ_WEIGHTS, DimooPolicy, dimoo_shapes
 from .base import Policy
 from .janus import JanusPolicy
 
@@ -72,11 +73,14 @@ class Family(NamedTuple):
     shapes: Callable        # folder -> name and shape of every tensor that the configuration calls for
     needs: tuple            # files besides the weights
     weights: tuple = ()     # the weight files, if they always have the same names
+    more: tuple = ()        # weight files in other folders
 
 FAMILIES = {"janus": Family(JanusPolicy.from_pretrained, janus_shapes,
                             ("processor_config.json", "tokenizer.json", "tokenizer_config.json")),
             "bagel": Family(BagelPolicy.from_pretrained, bagel_shapes,
-                            ("llm_config.json", "vit_config.json", "tokenizer_config.json"), BAGEL_FILES)}
+                            ("llm_config.json", "vit_config.json", "tokenizer_config.json"), BAGEL_FILES),
+            "llada": Family(DimooPolicy.from_pretrained, dimoo_shapes,
+                            (f"{VQ_FOLDER}/config.json", "tokenizer.json", "tokenizer_config.json"), more=(VQ_WEIGHTS,))}
 
 def misfits(own: dict, shapes: dict) -> list[str]:
     "Tensors that the configuration (`own`) and the weight files disagree on."
@@ -97,7 +101,7 @@ def check_folder(folder: Path) -> Family:
     if kind is None: raise UserError(f"{folder/'config.json'} has no model_type, so nobody can say which model it is")
     family = family_of(kind, str(folder/"config.json"))
     for name in family.needs: read_json(folder/name)
-    shapes = tensor_shapes(folder, family.weights)
+    shapes = tensor_shapes(folder, family.weights) | (tensor_shapes(folder, family.more) if family.more else {})
     try: wrong = misfits(family.shapes(folder), shapes)
     except UserError: raise
     except Exception as e:
