@@ -56,15 +56,15 @@ def spread_codes(n: int, dim: int, seed: int = 0, steps: int = 300) -> Tensor:
         opt.zero_grad(); loss.backward(); opt.step()
     return F.normalize(codes.detach(), dim=-1)
 
-def distill_vq(policy: JanusPolicy, world: World, seed: int = 0, steps: int = 1500, batch: int = 32, lr: float = 3e-3, track=None) -> dict:
-    "Teach the policy's VQ autoencoder the exact codebook; returns the last losses."
-    vq, rng, gen = policy.janus.model.vqmodel, rng_for(seed, "vq"), generator_for(seed, "vq")
-    book = torch.from_numpy(codebook(world)).float() / 127.5 - 1
-    grid, cell, n = world.size // world.cell, world.cell, vq.config.num_embeddings
-    vq.quantize.embedding.weight.data.copy_(spread_codes(n, vq.config.embed_dim, seed))
+def distill_vq(vq, world: World, seed: int = 0, steps: int = 1500, batch: int = 32, lr: float = 3e-3, black: float = -1.0, track=None) -> dict:
+    "Teach a VQ autoencoder, for which colors are numbers from `black` to 1, the exact codebook; returns the last losses."
+    rng, gen = rng_for(seed, "vq"), generator_for(seed, "vq")
+    numbers = lambda x: torch.from_numpy(x).float() / 255 * (1 - black) + black
+    book, grid, cell = numbers(codebook(world)), world.size // world.cell, world.cell
+    vq.quantize.embedding.weight.data.copy_(spread_codes(*vq.quantize.embedding.weight.shape, seed))
     vectors = vq.quantize.embedding.weight.detach()
     images = render_batch([random_scene(world, rng, kinds=[] if i % 50 == 0 else None) for i in range(min(6000, steps * batch))], world)
-    pool, x = exact_codes(images, world), torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    pool, x = exact_codes(images, world), numbers(images).permute(0, 3, 1, 2)
     params = [p for k, p in vq.named_parameters() if not k.startswith("quantize")]
     for p in params: p.requires_grad_(True)
     opt = torch.optim.AdamW(params, lr, weight_decay=0.0)
@@ -216,7 +216,7 @@ def _tiny_janus(out: Path, seed: int, work: Path, steps, vq_steps, stages, track
     vq, vq_steps, steps = policy.janus.model.vqmodel, vq_steps or 1500, steps or 3000
     stages = stages or ("vq", "lm", "questions")
     if "vq" in stages and not any((work / "vq").glob("step-*")):
-        distill_vq(policy, world, seed, vq_steps, track=tell("vq", vq_steps))
+        distill_vq(vq, world, seed, vq_steps, track=tell("vq", vq_steps))
         save_checkpoint(work / "vq", vq_steps, dict(vq=vq.state_dict()))
     if "lm" in stages: pretrain_lm(policy, world, work / "lm", seed, steps, track=tell("lm", steps))
     policy.load_state_dict(load_checkpoint(work / "lm")[1]["policy"], strict=False)
