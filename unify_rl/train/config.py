@@ -107,6 +107,8 @@ class LogConfig:
     "what is kept of the run"
     groups_every: int = 10                      # steps between logged reward groups; 0: never
     groups_max: int = 8                         # groups kept each time
+    agreement_every: int = 0                    # steps between measurements of how well the gradients of texts and pictures agree; 0: never
+    agreement_of: list[str] = field(default_factory=list)   # of parameters with one of these in their name; none: all that train
     trackers: list[Literal["tensorboard", "trackio", "wandb"]] = field(default_factory=list)    # also send metrics there
 
 @dataclass
@@ -244,7 +246,7 @@ def _did_you_mean(key, cls):
 # %% ../../nbs/52_train.config.ipynb #check
 AT_LEAST = {    # smallest value -> keys
     0: ("seed", "threads", "rollout.cfg", "objective.clip_low", "objective.clip_high", "objective.beta", "optimizer.weight_decay",
-        "optimizer.beta1", "optimizer.beta2", "optimizer.warmup", "model.lora_rank", "model.experts", "log.groups_every", "log.groups_max",
+        "optimizer.beta1", "optimizer.beta2", "optimizer.warmup", "model.lora_rank", "model.experts", "log.groups_every", "log.groups_max", "log.agreement_every",
         "checkpoint.every", "evaluate.cfg", "objective.teacher_layer"),
     1: ("steps", "rollout.prompts", "rollout.max_text", "objective.updates", "optimizer.micro_batch", "model.logp_chunk", "model.top_k",
         "checkpoint.keep", "evaluate.prompts", "evaluate.batch", "rollout.group_size", "data.max_pixels")}

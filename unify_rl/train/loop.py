@@ -20,6 +20,7 @@ import torch
 from ..core import Rollout, UserError, generator_for, rng_for
 from ..data.stream import PromptStream, load_outputs
 from ..grpo.advantage import Advantages, advantages
+from ..grpo.agreement import AgreementMeter
 from ..grpo.kl import kl_estimate
 from ..grpo.objective import objective, token_weights
 from ..policies.base import Policy
@@ -84,6 +85,7 @@ class Trainer:
         if cfg.log.trackers: self.accelerator.init_trackers("unify_rl", config={"recipe": cfg.recipe, "policy": cfg.policy, "seed": cfg.seed})
         self.engine, self.optimizer = self.accelerator.prepare(policy, optimizer)
         self.policy, self.done, self.skipped, self.stopping = self.accelerator.unwrap_model(self.engine), 0, 0, False
+        self.meter = AgreementMeter(policy, cfg.log.agreement_of) if cfg.log.agreement_every else None
         if self.learners and self.accelerator.num_processes > 1:
             raise UserError(f"reward {next(iter(self.learners))!r} learns, and would learn something else in each process; use one, or keep it frozen")
 
@@ -148,7 +150,9 @@ class Trainer:
         weights, stats, rows = part_weights(parts, adv.valid_B, cfg.objective.average), defaultdict(float), {}
         o, further, updates = cfg.objective, cfg.objective.further, cfg.objective.updates
         unrecorded = {id(p): torch.zeros_like(p.mask, dtype=torch.float32) for p in parts if p.logp_old is None}
+        meter = self.meter if self.meter and self.done % cfg.log.agreement_every == 0 else None
         for _ in range(updates):
+            if meter: meter.start()
             jobs = [(p, w, i) for p, w in zip(parts, weights) for i in self._useful(p, adv).split(cfg.optimizer.micro_batch) if len(i)]
             for k, (part, w, i) in enumerate(jobs):
                 with acc.no_sync(self.engine) if k + 1 < len(jobs) else contextlib.nullcontext():
@@ -161,10 +165,12 @@ class Trainer:
                         s[name] = said[name].detach() * w[i].sum()
                         loss = loss + further[name] * said[name] * w[i].sum()
                     acc.backward(loss)
+                    if meter: meter.take(part.kind)
                 for name, v in s.items(): stats[name] += v.item() / updates
                 rows.update(_per_sample(piece, logp.detach(), said.get("kl"), cfg.objective))
                 if id(part) in unrecorded: unrecorded[id(part)][i] = logp.detach().float()
             for p in parts: p.logp_old = unrecorded.pop(id(p), p.logp_old)              # old is what the first update started from
+            if meter: stats["agreement"] += meter.cosine() / updates
             stats["grad_norm"] += self._apply(len(jobs)) / updates
         used = sum(float(w[i].sum()) for _, w, i in jobs)               # rows of dead groups may be left out, and have no ratio
         if used: stats["ratio_mean"] /= used
