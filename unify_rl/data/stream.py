@@ -19,8 +19,8 @@ from ..world.questions import joint_prompts, question_prompts, reply
 from ..world.scenes import World, render_batch
 
 # %% auto #0
-__all__ = ['SOURCES', 'MODULES', 'OUTPUTS', 'PromptStream', 'dict_count', 'shapes_prompts', 'only_questions', 'Reading',
-           'load_prompts', 'shapes_outputs', 'own_outputs', 'load_outputs']
+__all__ = ['SOURCES', 'MODULES', 'OUTPUTS', 'PromptStream', 'couples', 'dict_count', 'shapes_prompts', 'only_questions',
+           'Reading', 'load_prompts', 'shapes_outputs', 'own_outputs', 'load_outputs']
 
 # %% ../../nbs/40_data.stream.ipynb #stream
 class PromptStream:
@@ -29,7 +29,7 @@ class PromptStream:
         prompts: list[Prompt],              # all tasks together
         shares: dict[str, float],           # task -> its share of each step; tasks without a share are left out
         seed: int = 0,
-        order: str = "mixed",               # 'mixed': all tasks in each step, 'alternate': each step one task, in turn
+        order: str = "mixed",               # 'mixed': all tasks in each step, 'alternate': each step one task, in turn, 'pairs': the halves of a pair side by side
     ):
         shares = {k: v for k, v in shares.items() if v > 0}
         self.pools = {k: [p for p in prompts if p.task == k] for k in shares}
@@ -37,6 +37,7 @@ class PromptStream:
         if not shares or empty:
             raise UserError(f"the data set has no prompts for the task {empty[0] if empty else '(none given)'!r}: "
                             f"it has {dict_count(prompts) or 'none at all'}. Check data.path, data.split and data.tasks")
+        if order == "pairs": self.pools = {"pairs": couples(self.pools)}
         total = sum(shares.values())
         self.shares, self.seed, self.order, self._turns = {k: v / total for k, v in shares.items()}, seed, order, []
         self._order = lru_cache(maxsize=4 * len(shares))(self._shuffle)
@@ -64,9 +65,25 @@ class PromptStream:
             left = [a - b for a, b in zip(left, spans[k])]
         return spans | {list(self.shares)[-1]: tuple(left)}
 
-    def batch(self, step: int, n: int) -> list[Prompt]:
-        "The `n` prompts of `step`."
-        return [self._item(k, i) for k, (a, b) in self.counts(step, n).items() for i in range(a, b)]
+    def batch(self, step: int, n: int, rank: int = 0, ranks: int = 1) -> list[Prompt]:
+        "The share of one process in the `n` prompts of `step`; the halves of a pair are never parted."
+        if self.order != "pairs": return [self._item(k, i) for k, (a, b) in self.counts(step, n).items() for i in range(a, b)][rank::ranks]
+        m, size = n // len(self.shares), len(self.shares)
+        if n % (size * ranks): raise UserError(f"rollout.prompts is {n}, but pairs of {size} prompts for {ranks} processes need a multiple of {size * ranks}")
+        return [p for i in range(step * m + rank, (step + 1) * m, ranks) for p in self._item("pairs", i)]
+
+def couples(pools: dict) -> list[tuple]:
+    "Prompts of several tasks, put together by `pair_id`; each pair needs one prompt of each task."
+    found = {}
+    for task, prompts in pools.items():
+        for p in prompts:
+            of = found.setdefault(p.pair_id, {})
+            if p.pair_id is None or task in of: raise UserError(f"prompt {p.id!r} " + (f"and {of[task].id!r} are both the {task!r} of pair {p.pair_id!r}" if task in of and p.pair_id is not None else
+                                                                                "belongs to no pair") + ". data.order=pairs is for pairs, as `unify_rl pairs build` makes them")
+            of[task] = p
+    for key, of in found.items():
+        if lost := [t for t in pools if t not in of]: raise UserError(f"pair {key!r} has no prompt of the task {lost[0]!r}; it has {', '.join(of)}")
+    return [tuple(of[t] for t in pools) for of in found.values()]
 
 def dict_count(prompts: list[Prompt]) -> dict:
     "How many prompts there are of each task."

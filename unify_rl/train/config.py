@@ -30,7 +30,7 @@ class DataConfig:
     on_bad_row: Literal["stop", "skip"] = "stop"               # a row does not fit: stop, or leave it out and count it
     max_pixels: int = 16777216                  # a picture with more pixels is not decoded, and its row does not fit
     columns: dict[str, str] = field(default_factory=dict)     # our fields by the names the data has for them, e.g. {text: caption}
-    order: Literal["mixed", "alternate"] = "mixed"             # each step has all tasks in their shares, or one task at a time in turn
+    order: Literal["mixed", "alternate", "pairs"] = "mixed"    # each step has all tasks in their shares, or one task at a time in turn, or whole pairs
     questions: Literal["all", "choice", "open"] = "all"        # which questions: all, those of multiple choice, or the others
     given: dict[str, Any] = field(default_factory=dict)       # rollout.outputs=given: how they are made, e.g. {wrong: 0} for shapes
 

@@ -93,7 +93,7 @@ class Trainer:
     def step(self) -> dict:
         "Sample, score, compare, update; returns the step's metrics."
         cfg, acc, clock = self.cfg, self.accelerator, defaultdict(float)
-        prompts = self.stream.batch(self.done, cfg.rollout.prompts)[acc.process_index::acc.num_processes]
+        prompts = self.stream.batch(self.done, cfg.rollout.prompts, acc.process_index, acc.num_processes)
         generator = generator_for(cfg.seed, "rollout", self.done, acc.process_index, device=self.policy.device.type)
         with phase(clock, "sample"), acc.autocast():
             rollout = dict(sampled=self._sample, given=self._given)[cfg.rollout.outputs](prompts, generator)
