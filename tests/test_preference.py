@@ -10,7 +10,7 @@ import torchvision.transforms.functional as TF
 import unify_rl.rewards.preference as P
 from unify_rl.core import Prompt, Rollout, UserError, rng_for
 from unify_rl.rewards.siglip import Referee
-from unify_rl.rewards.verifiable import build_rewards, check_prompts, score
+from unify_rl.rewards.verifiable import build_rewards, score
 from unify_rl.world.prompts import captioned, draw_prompts
 from unify_rl.world.scenes import World, render_batch
 
@@ -150,12 +150,9 @@ def test_no_picture_is_a_failure_with_a_reason(image):
     assert table.scores_RB.isnan().tolist() == [[False, True]] and "no picture" in table.reasons[0][1] and table.errors == {"clip_score": 1}
     assert ask(reward, [prompts[0].text], [image]).scores_RB.isnan().all()
 
-def test_an_empty_prompt_is_a_failure_and_is_found_before_the_run():
-    (reward,), _ = build_rewards([dict(name="hps")])
-    table = ask(reward, ["", "  \n"], drawings(2)[1])
-    assert table.scores_RB.isnan().all() and table.reasons[0] == ["the prompt is empty"] * 2
-    with pytest.raises(UserError, match="e/0.*empty"): check_prompts([Prompt("e/0", "generate", " ")], [reward])
-    check_prompts([Prompt("e/1", "generate", "a circle"), Prompt("e/2", "answer", "", answer="x")], [reward])
+def test_an_empty_prompt_cannot_be_asked():
+    for text in ("", "  \n"):
+        with pytest.raises(UserError, match="the text is empty"): Prompt("e/0", "generate", text)
 
 # -- HPSv2's files
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core import Prompt, Rollout, Scores, UserError, nearest
+from ..core import Rollout, Scores, UserError, nearest
 from .siglip import Referee, load_open_clip
 from .verifiable import Reward
 
@@ -66,6 +66,7 @@ MODES = ("squash", "shortest", "longest")
 # %% ../../nbs/32_rewards.preference.ipynb #rgb
 def rgb(image) -> np.ndarray:
     "[H, W, 3] uint8 of a gray, colored or transparent picture; a `ValueError` says why it is none."
+    if image is None: raise ValueError("there is no picture")
     a = np.asarray(image)
     if a.dtype != np.uint8 or a.ndim not in (2, 3) or 0 in a.shape or (a.ndim == 3 and a.shape[2] not in (1, 3, 4)):
         raise ValueError(f"this is no picture: {a.dtype} of shape {a.shape}, wants bytes [H, W], [H, W, 3] or [H, W, 4]")
@@ -195,8 +196,8 @@ def match_reward(
     @torch.no_grad()
     def ask(prompts_B: list, rollout: Rollout) -> Scores:
         seen, values, reasons = {}, np.full(len(prompts_B), np.nan), [""] * len(prompts_B)
-        for b, (p, image) in enumerate(zip(prompts_B, rollout.images)):
-            try: seen[b] = _readable(p, image)
+        for b, image in enumerate(rollout.images):
+            try: seen[b] = rgb(image)
             except ValueError as e: reasons[b] = str(e)
         if not seen: return Scores(values, reasons)
         text_BD = judge.texts([before + prompts_B[b].text for b in seen])
@@ -204,14 +205,7 @@ def match_reward(
         values[list(seen)] = convention(cos_B).numpy()
         for b, c in zip(seen, cos_B.tolist()): reasons[b] = f"{judge.siglip.name}: cosine {c:.4f}" + (", clamped to 0" if convention.clamp and c < 0 else "")
         return Scores(values, reasons)
-    def check(prompt):
-        if not prompt.text.strip(): raise UserError(f"prompt {prompt.id!r} is empty, so reward {name!r} cannot judge it. Mend the data, or leave it out")
-    return Reward(name, ask, ("generate", "joint"), cost="model", check=check)
-
-def _readable(prompt: Prompt, image) -> np.ndarray:
-    if image is None: raise ValueError("there is no picture")
-    if not prompt.text.strip(): raise ValueError("the prompt is empty")
-    return rgb(image)
+    return Reward(name, ask, ("generate", "joint"), cost="model")
 
 def clip_score(eyes, model: str = "tiny-siglip", convention: str = "cosine", prefix: str = "", pretrained: str = "", device: str = "cpu") -> Reward:
     "The reward `clip_score` of a recipe, by any model of open_clip. Hessel's own has `prefix: A photo depicts`."
