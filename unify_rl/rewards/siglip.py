@@ -23,9 +23,9 @@ from .verifiable import Reward
 
 # %% auto #0
 __all__ = ['TRUNKS', 'PATHS', 'SPATIAL', 'ABOUT', 'BREAKS', 'NOT', 'FORMS', 'NO_PHRASES', 'REWARDS', 'register_trunks',
-           'tiny_config', 'write_words', 'new_siglip', 'patch_vectors', 'Siglip', 'find_siglip', 'load_siglip',
-           'extract_phrases', 'phrases_of', 'dense_scores', 'Referee', 'referee', 'siglip_reward', 'RefereeLearner',
-           'semantic', 'grounding', 'heat_maps', 'show_heat_maps']
+           'tiny_config', 'write_words', 'new_siglip', 'patch_vectors', 'Siglip', 'find_siglip', 'load_open_clip',
+           'load_siglip', 'extract_phrases', 'phrases_of', 'dense_scores', 'Referee', 'referee', 'siglip_reward',
+           'RefereeLearner', 'semantic', 'grounding', 'heat_maps', 'show_heat_maps']
 
 # %% ../../nbs/31_rewards.siglip.ipynb #new
 TRUNKS = {"vit_shapes_24": dict(img_size=24, patch_size=4, embed_dim=96, depth=3, num_heads=4, mlp_ratio=2.0)}
@@ -166,24 +166,27 @@ def find_siglip(name: str, pretrained: str = "") -> tuple:
     if "/" in name: return f"hf-hub:{name.removeprefix('hf-hub:')}", None
     import open_clip
     if name not in open_clip.list_models():
-        close = [m for m in open_clip.list_models() if "siglip" in m.lower()]
+        close = [m for m in open_clip.list_models() if "siglip" in m.lower() or "siglip" not in name.lower()]
         raise UserError(f"unknown referee {name!r}: no shipped model, no folder, no open_clip name. {nearest(name, ['tiny-siglip', *close])}")
     return name, pretrained or "webli"
 
-@lru_cache(maxsize=4)
-def load_siglip(name: str, pretrained: str = "", device: str = "cpu") -> Siglip:
-    "A SigLIP-type referee by name. Loaded once, however many rewards use it."
+def load_open_clip(name: str, pretrained: str, device: str) -> tuple:
+    "(model, tokenizer) of any model that `find_siglip` finds, with its weights."
     import open_clip
     register_trunks()
     where, tag = find_siglip(name, pretrained)
     try:
         model = open_clip.create_model(where, pretrained=tag, device=device, require_pretrained=True)
         if not all(p.isfinite().all() for p in model.parameters()): raise ValueError("its weights are not all finite")
-        return Siglip(model, open_clip.get_tokenizer(where), name)
-    except UserError: raise
+        return model, open_clip.get_tokenizer(where)
     except Exception as e:
         raise UserError(f"the referee {name} could not be loaded: {type(e).__name__}: {str(e).splitlines()[0]}. "
                         "Check the folder, or your connection; without one, give a folder in open_clip's layout") from e
+
+@lru_cache(maxsize=4)
+def load_siglip(name: str, pretrained: str = "", device: str = "cpu") -> Siglip:
+    "A SigLIP-type referee by name. Loaded once, however many rewards use it."
+    return Siglip(*load_open_clip(name, pretrained, device), name)
 
 # %% ../../nbs/31_rewards.siglip.ipynb #phrases
 SPATIAL = ("on top of", "to the left of", "to the right of", "in front of", "next to", "left of", "right of", "above", "below", "under",

@@ -212,7 +212,8 @@ REWARDS: dict[str, Callable] = dict(
 )
 
 MODULES = dict(semantic="unify_rl.rewards.siglip", grounding="unify_rl.rewards.siglip", knowledge="unify_rl.rewards.knowledge",
-               cycle="unify_rl.rewards.cycle", tim="unify_rl.rewards.tim")
+               cycle="unify_rl.rewards.cycle", tim="unify_rl.rewards.tim",
+               hps="unify_rl.rewards.preference", clip_score="unify_rl.rewards.preference")
 
 def make_reward(name: str, settings: dict, eyes: Eyes) -> Reward:
     "A reward by name, with its own settings; those that need a model are imported when they are asked for."
