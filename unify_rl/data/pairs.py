@@ -40,7 +40,7 @@ __all__ = ['ENCODERS', 'WRITE_CAPTION', 'WRITE_QUESTION', 'FOCUS', 'KINDS_OF', '
            'ranked_members', 'neighbors', 'greedy', 'retrieve', 'pair_weight', 'Failed', 'scene_questions',
            'ShapesRules', 'request_for', 'parse_reply', 'Asking', 'picture_of', 'local_model', 'Down', 'Endpoint',
            'data_url', 'load_augmenter', 'Log', 'augment_all', 'Gallery', 'hang', 'PairSettings', 'Pair', 'make_pairs',
-           'pair_row', 'save_picture', 'write_pairs', 'report', 'shapes_sides', 'build_pairs']
+           'pair_row', 'save_picture', 'write_pairs', 'report', 'shapes_asked', 'shapes_drawn', 'build_pairs']
 
 # %% ../../nbs/42_data.pairs.ipynb #encoders
 def layout(name: str, device: str) -> Callable:
@@ -190,7 +190,8 @@ def scene_questions(scene: tuple, world: World) -> list:      # [(kind, combinat
     for a, b in permutations(scene, 2):
         where = relations(a.box(world), b.box(world))
         if len(where) == 1 and a.color != b.color and have.count((a.shape, a.color)) == have.count((b.shape, b.color)) == 1:
-            out.append(("relation", (a.shape, *where, b.shape, n), f"where is the {a.color} {a.shape}, seen from the {b.color} {b.shape}?", *where, list(RELATIONS)))
+            text = f"where is the {a.color} {a.shape}, seen from the {b.color} {b.shape}?"
+            out.append(("relation", (a.shape, *where, b.shape, n), text, *where, list(RELATIONS)))
     for a, b in permutations(SHAPES, 2):
         na, nb = (sum(s == x for s, _ in have) for x in (a, b))
         if 0 < na and 0 <= na - nb <= 3:
@@ -338,7 +339,9 @@ class Endpoint:
     def __post_init__(self):
         where, self.key = urlsplit(self.url), os.environ.get("UNIFY_RL_API_KEY", "")
         if where.scheme not in ("http", "https") or not where.hostname: raise UserError(f"{self.url!r} is no http(s) address")
-        if self.key and where.scheme == "http" and where.hostname not in ("localhost", "127.0.0.1", "::1"):
+        here = where.hostname in ("localhost", "127.0.0.1", "::1")
+        self.open = urllib.request.build_opener(_Stay, *([urllib.request.ProxyHandler({})] if here else [])).open
+        if self.key and where.scheme == "http" and not here:
             raise UserError(f"{self.url} is not encrypted, so the key in UNIFY_RL_API_KEY is not sent there. Use https, or unset it")
 
     def __call__(self, image: np.ndarray, request: str) -> str:
@@ -350,14 +353,15 @@ class Endpoint:
             except urllib.error.HTTPError as e:
                 with e: why = f"HTTP {e.code} {e.reason}"
                 if e.code in (400, 413, 422): raise Failed(f"refused by the server: {why}") from None
-                if e.code < 500 and e.code not in (408, 429): raise Down(f"{self.url} answers {why}: check the address, the model's name and the key.") from None
+                if e.code < 500 and e.code not in (408, 429):
+                    raise Down(f"{self.url} answers {why}: check the address, the model's name and the key.") from None
             except (OSError, http.client.HTTPException) as e: why = str(getattr(e, "reason", "") or e) or type(e).__name__
         raise Down(f"{self.url} did not serve in {self.attempts} attempts; the last: {why}.")
 
     def post(self, body: bytes) -> bytes:
         head = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
         request = urllib.request.Request(self.url.rstrip("/") + "/chat/completions", body, head)
-        with urllib.request.build_opener(_Stay).open(request, timeout=self.timeout) as got: return got.read(2**22)
+        with self.open(request, timeout=self.timeout) as got: return got.read(2**22)
 
 def data_url(image: np.ndarray, side: int) -> str:
     "A picture, at most `side` pixels long, as a data URL."
@@ -391,7 +395,8 @@ class Log:
         lines = self.file.read_bytes().split(b"\n") if self.file.exists() else [b""]
         for line in lines[:-1]:
             try: row = json.loads(line); self.done[row["key"]] = Failed(row["failed"]) if "failed" in row else row["fields"]
-            except (ValueError, LookupError, TypeError): raise UserError(f"{self.file}: a line is not what this command writes: {line[:60]!r}. Mend or delete it")
+            except (ValueError, LookupError, TypeError):
+                raise UserError(f"{self.file}: a line is not what this command writes: {line[:60]!r}. Mend or delete it") from None
         if lines[-1]: os.truncate(self.file, self.file.stat().st_size - len(lines[-1]))       # a line that was cut short
 
     def put(self, key: str, id: str, got: dict | Failed) -> None:
@@ -477,14 +482,19 @@ def _features(part: list[Prompt], encode: Callable) -> tuple:
     digest = lambda im: hashlib.sha256(repr(im.shape).encode() + np.ascontiguousarray(im).tobytes()).hexdigest()[:32]
     return x_BD[fine], [rows[k] for k in fine], [digest(images[k]) for k in fine], reasons
 
+def _identity(x: Any) -> Any:
+    "What changes when a picture does, without decoding it."
+    if x is None: return None
+    if isinstance(x, Picture) and x.file: return [str(x.file), x.at, x.size, x.file.stat().st_mtime_ns]
+    return hashlib.sha256(x.data if isinstance(x, Picture) else np.ascontiguousarray(x)).hexdigest()
+
 def _kept(part: list[Prompt], encode: Callable, name: str, folder: Path | None) -> tuple:
     "`_features`, or what it said the last time."
     if folder is None: return _features(part, encode)
     from safetensors import safe_open
     from safetensors.torch import save_file
     raw = lambda p: object.__getattribute__(p, "image" if p.task == "answer" else "reference")
-    of = lambda x: [str(x.file), x.at, x.size, x.file.stat().st_mtime_ns if x.file else 0] if isinstance(x, Picture) else None if x is None else hashlib.sha256(x).hexdigest()
-    try: key = hashlib.sha256(json.dumps([name, [(p.task, p.id, of(raw(p))) for p in part]]).encode()).hexdigest()[:24]
+    try: key = hashlib.sha256(json.dumps([name, [(p.task, p.id, _identity(raw(p))) for p in part]]).encode()).hexdigest()[:24]
     except OSError: return _features(part, encode)                       # a picture that has gone meanwhile
     file = folder/f"{key}.safetensors"
     if file.exists():
@@ -593,7 +603,8 @@ def write_pairs(rows: list[dict], folder: Path, about: dict) -> Path:
     "Write the table; `about` (settings, counts) goes into its metadata."
     import pyarrow as pa
     import pyarrow.parquet as pq
-    kinds = {k: pa.string() for k in TEXTS} | dict(similarity=pa.float64(), weight=pa.float64(), choices=pa.list_(pa.string()), key_phrases=pa.list_(pa.string()))
+    number, texts = pa.float64(), pa.list_(pa.string())
+    kinds = {k: pa.string() for k in TEXTS} | dict(similarity=number, weight=number, choices=texts, key_phrases=texts)
     schema = pa.schema(list(kinds.items()), metadata={"unify_rl.pairs": json.dumps(about)})
     file = folder/"pairs.parquet"
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), file.with_suffix(".part"))
@@ -640,11 +651,15 @@ def _classes(rows: list[dict], most: int = 16) -> tuple:
     return [*order[:most], *(["others"] if rest else [])], [*(count[k] for k in order[:most]), *([rest] if rest else [])]
 
 # %% ../../nbs/42_data.pairs.ipynb #build
-def shapes_sides(n: int, split: str = "train", seed: int = 0, world: World = World()) -> tuple:    # (questions, drawing tasks)
-    "Both sides from the shapes world: `n` questions, and `n` sentences each with a picture of its own."
-    draws = draw_prompts(split, n, seed)
-    scenes = captioned(draws, world, rng_for("pairs", split, seed))
-    return question_prompts(split, n, world, seed), [replace(p, reference=render(s, world), meta=dict(p.meta, scene=s)) for p, s in zip(draws, scenes)]
+def shapes_asked(n: int, split: str = "train", seed: int = 0, world: World = World()) -> list[Prompt]:
+    "The understanding side of the shapes world: `n` questions."
+    return question_prompts(split, n, world, seed)
+
+def shapes_drawn(n: int, split: str = "train", seed: int = 0, world: World = World()) -> list[Prompt]:
+    "Its generation side: `n` sentences, each with a picture of its own."
+    prompts = draw_prompts(split, n, seed)
+    scenes = captioned(prompts, world, rng_for("pairs", split, seed))
+    return [replace(p, reference=render(s, world), meta=dict(p.meta, scene=s)) for p, s in zip(prompts, scenes)]
 
 def build_pairs(
     und: list[Prompt],                              # understanding side: task 'answer', with pictures
@@ -657,6 +672,7 @@ def build_pairs(
     batch: int = 128,                               # pictures encoded at once
     device: str = "cpu",
     track: Callable | None = None,                  # (done, total, what) for a progress bar
+    bad_rows: tuple | list = (),                    # messages of rows that the readers left out
 ) -> dict:                                          # what was done, in numbers
     "Make pairs and write pairs.parquet, images/, report.png and summary.json. Run again, it goes on where it was stopped."
     out, augment = Path(out), augment or ShapesRules()
@@ -668,12 +684,12 @@ def build_pairs(
     files = {i: save_picture(gallery.prompts[i], gallery.digests[i], out) for p in pairs for i in (p.und, p.gen)}
     rows = [pair_row(p, gallery, files, sources) for p in pairs]
     found = [p.similarity for p in pairs if p.kind == "retrieved"]
-    summary = dict(understanding=int(gallery.asks_N.sum()), generation=int((~gallery.asks_N).sum()), unreadable=len(gallery.skipped),
+    summary = dict(understanding=int(gallery.asks_N.sum()), generation=int((~gallery.asks_N).sum()), bad_rows=len(bad_rows), unreadable=len(gallery.skipped),
                    duplicates=len(gallery.duplicates), aligned=len(pairs) - len(found), retrieved=len(found), not_augmented=len(failed),
                    similarity=[round(float(q), 4) for q in np.quantile(found, (0, 0.5, 1))] if found else [])
     about = dict(encoder=encoder, augmenter=augment.name, sources=list(sources), settings=asdict(settings), summary=summary)
     write_pairs(rows, out, about)
     report(rows, out, settings.delta)
-    left_out = dict(unreadable=gallery.skipped, duplicates=gallery.duplicates, not_augmented=failed)
+    left_out = dict(bad_rows=list(bad_rows), unreadable=gallery.skipped, duplicates=gallery.duplicates, not_augmented=failed)
     (out/"summary.json").write_text(json.dumps(about | dict(left_out=left_out), indent=1) + "\n", encoding="utf-8")
     return summary
