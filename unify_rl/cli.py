@@ -15,8 +15,8 @@ from typing import Callable, Sequence
 from .core import UserError
 
 # %% auto #0
-__all__ = ['Parser', 'train_manual', 'recipe_list', 'parser', 'train', 'evaluate', 'pretrain', 'merge', 'suite_scores',
-           'score_table', 'parse', 'main']
+__all__ = ['PAIRS_MANUAL', 'Parser', 'train_manual', 'recipe_list', 'parser', 'train', 'evaluate', 'pretrain', 'merge', 'pairs',
+           'read_sides', 'pairs_table', 'suite_scores', 'score_table', 'parse', 'main']
 
 # %% ../nbs/80_cli.ipynb #parser
 class Parser(argparse.ArgumentParser):
@@ -45,6 +45,43 @@ examples
 settings (key = default)
 {describe()}"""
 
+PAIRS_MANUAL = """what it does
+  Reads two data sets, questions about pictures and sentences with pictures, and makes pairs of them (PairUni, Algorithm 1):
+    aligned    one picture with both halves; the half that it lacks is written by the augmenter; weight 1
+    retrieved  a question about one picture and a sentence that draws a similar one; weight = square root of the similarity
+  Without options both sides come from the shapes world, and nothing is downloaded.
+
+data (SOURCE or SOURCE:PATH)
+  shapes, or any reader of files: jsonl, parquet, webdataset, huggingface ... (see data.source in: unify_rl train --help).
+  Rows that do not fit, pictures that cannot be read, and pictures that are there twice are left out, counted, and named
+  with the reason in summary.json.
+
+encoders (KIND:MODEL)
+  siglip:tiny-siglip, layout                    shipped; for the shapes world
+  torchvision:resnet50                          the paper's
+  timm:vit_small_patch16_dinov3.lvd1689m        DINOv3, or any other model of timm
+  open_clip:ViT-B-32@laion2b_s34b_b79k          any model of open_clip, with the tag of its weights
+
+augmenters
+  rules                                         the shapes world knows its scenes
+  transformers:Qwen/Qwen2.5-VL-7B-Instruct      a vision-language model that runs here (image-text-to-text)
+  http://localhost:8000/v1 --model NAME         an endpoint of OpenAI's protocol; a key is read from UNIFY_RL_API_KEY
+  A reply must be the JSON object that was asked for. A bad one is asked for again, a limited number of times, then counted.
+
+what it writes into DIR
+  pairs.parquet     one row a pair: both halves, similarity, kind, weight, and where everything came from
+  images/           the pictures of the pairs
+  report.png        classes and similarities (the paper's Figure 8)
+  summary.json      settings, counts, and why anything was left out
+  features/, augmented.jsonl   what was computed and asked; a command that was stopped goes on from them
+
+examples
+  unify_rl pairs build
+  unify_rl train grpo data.source=pairs data.path=runs/pairs-shapes
+  unify_rl pairs build --und parquet:data/questions --gen webdataset:data/blip3o --out runs/pairs-mine \\
+      --encoder torchvision:resnet50 --augment http://localhost:8000/v1 --model qwen2.5-vl
+"""
+
 def recipe_list() -> str:
     "Name and first comment of every recipe."
     from importlib.resources import files
@@ -54,7 +91,7 @@ def recipe_list() -> str:
     return "\n".join(f"  {name:14} {comment(first(name))}".rstrip() for name in recipes())
 
 def parser() -> Parser:
-    "The five verbs and their options."
+    "The six verbs and their options."
     from unify_rl import __version__
     p = Parser(prog="unify_rl", description="Reinforcement learning for unified multimodal models.",
                epilog="examples\n  unify_rl train grpo steps=20\n  unify_rl eval --policy runs/grpo-tiny-janus-s0/policy\n"
@@ -99,6 +136,29 @@ def parser() -> Parser:
     v.add_argument("--width", type=float, metavar="L", help="gaussian: standard deviations that are common; default: 2")
     v.add_argument("--overlap", metavar="O", help="gaussian: what is special in all: add (default, as the authors) or mean")
     v.add_argument("--scale", type=float, metavar="S", help="sum: of the differences; default: 1")
+
+    kinds = verbs.add_parser("pairs", help="pair questions with pictures to draw", description="Pairs of the two skills.")
+    v = kinds.add_subparsers(dest="what", required=True, metavar="build", parser_class=Parser).add_parser(
+        "build", help="make pairs of two data sets", description="Pair questions about pictures with pictures to draw; run it again to continue.",
+        manual=lambda: PAIRS_MANUAL)
+    v.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    v.set_defaults(run=pairs)
+    v.add_argument("--und", metavar="DATA", default="shapes", help="understanding side: questions about pictures; default: %(default)s")
+    v.add_argument("--gen", metavar="DATA", default="shapes", help="generation side: sentences with pictures; default: %(default)s")
+    v.add_argument("--split", metavar="S", default="train", help="train or test; default: %(default)s")
+    v.add_argument("--samples", type=int, metavar="N", default=600, help="samples of each side that is shapes; default: %(default)s")
+    v.add_argument("--encoder", metavar="E", default="siglip:tiny-siglip", help="what compares pictures; default: %(default)s")
+    v.add_argument("--augment", metavar="A", default="rules", help="what writes missing halves; default: %(default)s")
+    v.add_argument("--model", metavar="NAME", default="", help="the model's name at an endpoint")
+    v.add_argument("--clusters", type=int, metavar="K", help="clusters, each with one aligned pair; 0: none; default: one for 20 pictures")
+    v.add_argument("--neighbors", type=int, metavar="n", default=10, help="nearest pictures that may be taken; 0: no retrieved pairs; default: %(default)s")
+    v.add_argument("--delta", type=float, metavar="D", default=0.6, help="least similarity of a retrieved pair; default: %(default)s")
+    v.add_argument("--out", metavar="DIR", default="runs/pairs-shapes", help="folder; default: %(default)s")
+    v.add_argument("--batch", type=int, metavar="B", default=128, help="pictures encoded at once; default: %(default)s")
+    v.add_argument("--workers", type=int, metavar="W", default=4, help="requests at a time to an endpoint; default: %(default)s")
+    v.add_argument("--device", metavar="DEV", default="cpu", help="for the encoder and a local model; default: %(default)s")
+    v.add_argument("--max-pixels", type=int, metavar="P", default=2**24, help="a picture with more is left out; default: %(default)s")
+    v.add_argument("--seed", type=int, metavar="S", default=0, help="default: %(default)s")
 
     verb("recipes", lambda args: print(recipe_list()), "list the recipes")
     return p
@@ -161,6 +221,54 @@ def merge(args) -> None:
     other = f", {done['other_types']} of them from other number types than the base's" if done["other_types"] else ""
     screen.say(f"merged {done['tensors']} tensors{other}; {done['changed']} differ from the base\npolicy  {args.out}\n"
                f"next    unify_rl eval --policy {shlex.quote(args.out)}")
+
+# %% ../nbs/80_cli.ipynb #pairs
+def pairs(args) -> None:
+    "`unify_rl pairs build`"
+    from unify_rl.data.pairs import PairSettings, build_pairs, load_augmenter, load_encoder
+    from unify_rl.run import Screen, quiet
+    for name in ("samples", "batch", "workers", "max_pixels"):
+        if getattr(args, name) < 1: raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
+    settings = PairSettings(args.clusters, args.neighbors, args.delta, seed=args.seed)
+    if args.augment == "rules" and args.clusters != 0 and (args.und, args.gen) != ("shapes", "shapes"):
+        raise UserError("--augment rules knows only the shapes world. Name a model that writes the missing halves, or ask for retrieved pairs only: --clusters 0")
+    screen = Screen()
+    with quiet():
+        load_encoder(args.encoder, args.device)
+        augment = load_augmenter(args.augment, args.model, args.split, args.seed, args.device, args.workers)
+        try:
+            with screen.bar("reading") as bar:
+                und, gen, left_out = read_sides(args, bar)
+                done = build_pairs(und, gen, args.out, settings, args.encoder, augment, (args.und, args.gen), args.batch, args.device, bar, left_out)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("interrupted; the same command continues where it was stopped") from None
+    screen.say(pairs_table(done))
+    out = shlex.quote(args.out)
+    screen.say(f"pairs   {args.out}/pairs.parquet\nreport  {args.out}/report.png\nnext    unify_rl train grpo data.source=pairs data.path={out}")
+
+def read_sides(args, track: Callable) -> tuple:
+    "(understanding, generation, messages of rows that do not fit)."
+    from unify_rl.data.pairs import shapes_asked, shapes_drawn
+    from unify_rl.data.stream import Reading, load_prompts
+    sides, left_out = [], []
+    for data, task, make in ((args.und, "answer", shapes_asked), (args.gen, "generate", shapes_drawn)):
+        source, _, path = data.partition(":")
+        if source == "shapes": sides.append(make(args.samples, args.split, args.seed)); continue
+        reading = Reading(on_bad_row="skip", max_pixels=args.max_pixels, track=track)
+        sides.append(load_prompts(source, args.split, (task,), path, reading))
+        left_out += reading.skipped
+    return *sides, left_out
+
+def pairs_table(done: dict):
+    "What `build_pairs` did, for the terminal."
+    from rich.table import Table
+    t = Table("pairs", show_header=False)
+    t.add_column(justify="right")
+    said = dict(understanding="pictures asked about", generation="pictures to draw", bad_rows="rows that do not fit", unreadable="pictures that cannot be read",
+                duplicates="pictures that are there twice", not_augmented="pictures that could not be augmented", aligned="aligned pairs", retrieved="retrieved pairs")
+    for k, words in said.items(): t.add_row(words, str(done[k]), style="bold" if k in ("aligned", "retrieved") else None)
+    if done["similarity"]: t.add_row("their similarity: least, median, most", " ".join(f"{s:.3f}" for s in done["similarity"]))
+    return t
 
 # %% ../nbs/80_cli.ipynb #scores
 def suite_scores(result) -> dict:

@@ -23,9 +23,9 @@ from .stream import Reading
 from ..rewards.verifiable import extract_answer, same_answer
 
 # %% auto #0
-__all__ = ['FORMATS', 'MAX_LINE', 'SUFFIXES', 'MAX_TEXT', 'FIELDS', 'NEEDS', 'X2X', 'MCOT', 'PLAIN', 'SPLITS', 'ROWS', 'ALL',
-           'SOURCES', 'decode', 'Picture', 'FilePrompt', 'inside', 'BadRow', 'jsonl_rows', 'parquet_rows', 'arrow_rows',
-           'tar_rows', 'options_in', 'check_choice', 'files_of', 'Reader', 'read_fields', 'make_prompt']
+__all__ = ['FORMATS', 'MAX_LINE', 'SUFFIXES', 'MAX_TEXT', 'FIELDS', 'NEEDS', 'X2X', 'MCOT', 'PAIRS', 'PLAIN', 'SPLITS', 'ROWS',
+           'ALL', 'SOURCES', 'decode', 'Picture', 'FilePrompt', 'inside', 'BadRow', 'jsonl_rows', 'parquet_rows',
+           'arrow_rows', 'tar_rows', 'options_in', 'check_choice', 'files_of', 'Reader', 'read_fields', 'make_prompt']
 
 # %% ../../nbs/41_data.readers.ipynb #decode
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
@@ -230,6 +230,7 @@ def _weight(x) -> float:
     return float(x)
 
 def _constraints(x) -> tuple:
+    if isinstance(x, str): x = json.loads(x)        # in a table, whose columns have one type
     fits = lambda c: isinstance(c, dict) and isinstance(c.get("kind"), str) and isinstance(c.get("params", {}), dict)
     if not isinstance(x, list) or not all(map(fits, x)): raise ValueError(f"expected a list of {{kind: ..., params: {{...}}}}, got {_short(x)}")
     return tuple(Constraint(c["kind"], c.get("params", {})) for c in x)
@@ -281,6 +282,10 @@ _QA = dict(id="id", image="real_image", answer="qa_solution", form="qa_type")
 X2X = dict(joint=_QA | dict(text="prompt", question="qa_problem"), answer=_QA | dict(text="qa_problem"),
            generate=dict(id="id", text="prompt", reference="real_image"))
 MCOT = dict(answer=dict(id="id", text="problem", image="image", answer="solution", choices="choices"))
+_PAIR = dict(id="id", pair_id="id", weight="weight")
+PAIRS = dict(generate=_PAIR | dict(text="caption", reference="gen_image", constraints="constraints", key_phrases="key_phrases", fact="fact",
+                                   category="gen_category"),
+             answer=_PAIR | dict(text="question", image="und_image", answer="answer", choices="choices", category="und_category"))
 PLAIN = {task: {f: f for f in FIELDS} for task in TASKS}
 
 # %% ../../nbs/41_data.readers.ipynb #files
@@ -411,4 +416,4 @@ ALL = (".arrow", ".parquet", ".jsonl", ".tar")
 SOURCES: dict[str, Reader] = dict(
     jsonl=Reader((".jsonl",), PLAIN), parquet=Reader((".parquet",), PLAIN), webdataset=Reader((".tar",), PLAIN),
     huggingface=Reader((".arrow", ".parquet"), PLAIN), x2x_rft_22k=Reader(ALL, X2X), x2x_rft_16k=Reader(ALL, X2X),
-    mcot_r1_mcq=Reader(ALL, MCOT, "MC"), mcot_r1_vqa=Reader(ALL, MCOT))
+    mcot_r1_mcq=Reader(ALL, MCOT, "MC"), mcot_r1_vqa=Reader(ALL, MCOT), pairs=Reader((".parquet",), PAIRS))

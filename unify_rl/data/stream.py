@@ -119,7 +119,7 @@ class Reading:
 
 SOURCES: dict[str, Callable] = {"shapes": shapes_prompts}       # name -> (split, tasks, path) -> prompts
 MODULES = {name: "unify_rl.data.readers" for name in ("jsonl", "parquet", "webdataset", "huggingface", "x2x_rft_22k",
-                                                      "x2x_rft_16k", "mcot_r1_mcq", "mcot_r1_vqa")}
+                                                      "x2x_rft_16k", "mcot_r1_mcq", "mcot_r1_vqa", "pairs")}
 
 def load_prompts(
     source: str,                        # a name in SOURCES or MODULES
