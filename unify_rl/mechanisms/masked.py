@@ -30,7 +30,8 @@ def row_uniform(
     "Uniform numbers for the True places. With one generator a row, a row's numbers depend neither on neighbours nor on padding."
     def draw(n, g): return torch.rand(n, *width, generator=g, device=g.device if g else where_BL.device).to(where_BL.device)
     if not isinstance(generator, (list, tuple)): return draw(int(where_BL.sum()), generator)
-    if len(generator) != len(where_BL): raise UserError(f"{len(generator)} generators for {len(where_BL)} rows: one is needed for each row.")
+    if len(generator) != len(where_BL):
+        raise UserError(f"{len(generator)} generators for {len(where_BL)} rows: one is needed for each row.")
     return torch.cat([draw(n, g) for n, g in zip(where_BL.sum(1).tolist(), generator)])
 
 def _spread(where_BL: Tensor, values: Tensor, fill: float = 0.0) -> Tensor:
@@ -48,7 +49,8 @@ def mask_tokens(
     generator=None,             # see `row_uniform`
 ) -> tuple:                     # (state [B, L], hidden [B, L] bool)
     "The forward process: every maskable token is hidden with probability t (LLaDA Eq. 7)."
-    if not bool(((t_B > 0) & (t_B <= 1)).all()): raise UserError(f"masking probability {t_B.tolist()}: t must be above 0 and at most 1.")
+    if not bool(((t_B > 0) & (t_B <= 1)).all()):
+        raise UserError(f"masking probability {t_B.tolist()}: t must be above 0 and at most 1.")
     hidden_BL = maskable_BL & (_spread(maskable_BL, row_uniform(maskable_BL, generator), 2.0) < t_B[:, None])
     return tokens_BL.masked_fill(hidden_BL, mask_id), hidden_BL
 
@@ -92,7 +94,7 @@ def token_logprobs(
     temperature: float = 1.0,   # 0: greedy, scored at 1
 ) -> Tensor:                    # [..., V], at least fp32
     "Log-probabilities of what may be drawn: anything but the mask token."
-    if mask_id < logits.shape[-1]: logits = logits.index_fill(-1, torch.tensor(mask_id, device=logits.device), -torch.inf)
+    if 0 <= mask_id < logits.shape[-1]: logits = logits.index_fill(-1, torch.tensor(mask_id, device=logits.device), -torch.inf)
     return shape_logits(logits, temperature or 1.0)
 
 def _gumbel(u: Tensor) -> Tensor: return -torch.log(-torch.log(u.clamp(min=1e-30)))
@@ -115,7 +117,8 @@ def _check_sampling(steps, schedule, temperature, remask, block, longest) -> Non
     for name, value in (("temperature", temperature), ("remask", remask), ("block", block)):
         if not value >= 0: raise UserError(f"{name} is {value}; it must be at least 0.")
     most, what = (block, f"a block of {block} tokens") if block else (longest, f"{longest} masked tokens")
-    if not 1 <= steps <= max(most, 1): raise UserError(f"{steps} steps for {what}: every step reveals a token, so give 1 to {max(most, 1)} steps.")
+    if not 1 <= steps <= max(most, 1):
+        raise UserError(f"{steps} steps for {what}: every step reveals a token, so give 1 to {max(most, 1)} steps.")
 
 # %% ../../nbs/13_mechanisms.masked.ipynb #sample
 @torch.no_grad()
@@ -144,7 +147,8 @@ def sample_masked(
             noise = remask if math.isinf(remask) else remask * (1 - (k + 1) / steps)
             shown = _surest(logp, masked, masked.sum(1) - left_BT[:, k], noise, generator)
             x = torch.where(shown, _spread(masked, token), x)
-            order_BL, logp_BL = order_BL.masked_fill(shown, b * steps + k), torch.where(shown, _spread(masked, logp.float()), logp_BL)
+            order_BL = order_BL.masked_fill(shown, b * steps + k)
+            logp_BL = torch.where(shown, _spread(masked, logp.float()), logp_BL)
     return MaskedSample(x, order_BL, logp_BL)
 
 # %% ../../nbs/13_mechanisms.masked.ipynb #guide
@@ -227,9 +231,10 @@ def _visited(a: _Ask) -> tuple:
     if a.order is None or a.steps < 1: raise UserError("estimator 'trajectory' needs `order_BL` and `steps` of the sampler.")
     if ((a.order >= 0) != a.may).any() or int(a.order.max()) >= a.steps:
         raise UserError(f"`order_BL` does not fit: every maskable position needs a step in 0 ... {a.steps - 1}, all others -1.")
-    if not 0 <= a.visits <= a.steps: raise UserError(f"{a.visits} visits, but the sampler made {a.steps} steps (0: all of them).")
+    if not 0 <= a.visits <= a.steps:
+        raise UserError(f"{a.visits} visits, but the sampler made {a.steps} steps (0: all of them).")
     step_S, when = torch.arange(a.steps, device=a.may.device), a.order[:, None]
-    idle = ~(when == step_S[:, None]).any(-1)                                                       # [B, S] steps that revealed nothing
+    idle = ~(when == step_S[:, None]).any(-1)                                   # [B, S] steps that revealed nothing
     draw = lambda: (a.rows(a.steps) + 2 * idle).argsort(1)[:, :a.visits or a.steps].sort(1).values
     at = torch.stack([draw() for _ in range(a.n)], 1)[..., None]                                    # [B, n, K, 1]
     return a.may[:, None, None] & (when[:, None] >= at), when[:, None] == at
@@ -268,7 +273,8 @@ def mask_draws(
     "The same draws whenever it is asked about the same rows: shared by old, new and reference policy."
     if estimator not in ESTIMATORS: raise UserError(f"unknown estimator {estimator!r}. {nearest(str(estimator), ESTIMATORS)}")
     e = ESTIMATORS[estimator]
-    n, low, high, p = (own if own is not None else said for own, said in zip((draws, low, high, hide_prompt), (e.draws, e.low, e.high, e.prompt)))
+    given = (draws, e.draws), (low, e.low), (high, e.high), (hide_prompt, e.prompt)
+    n, low, high, p = (theirs if own is None else own for own, theirs in given)
     if n < 1: raise UserError(f"{n} draws: at least 1 is needed.")
     if not 0 < low <= high <= 1: raise UserError(f"share hidden from {low} to {high}: it must be 0 < low <= high <= 1.")
     if not 0 <= p <= 1: raise UserError(f"hide_prompt is {p}; it must be between 0 and 1.")
@@ -276,7 +282,8 @@ def mask_draws(
     ask = _Ask(maskable_BL, row_generators(seed, rows_B, "mask"), n, low, high, fade, order_BL, steps, visits)
     hidden, scored = e.hide(ask)
     if prompt_BL is None or not p: return MaskDraws(hidden, scored)
-    if (prompt_BL & maskable_BL).any(): raise UserError("`prompt_BL` and `maskable_BL` overlap: a token belongs to the prompt or to the completion.")
+    if (prompt_BL & maskable_BL).any():
+        raise UserError("`prompt_BL` and `maskable_BL` overlap: a token belongs to the prompt or to the completion.")
     return MaskDraws(hidden | (ask.uniform(prompt_BL, 2.0) < p)[:, :, None], scored)
 
 # %% ../../nbs/13_mechanisms.masked.ipynb #draws-logp
