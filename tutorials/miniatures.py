@@ -113,7 +113,7 @@ def main() -> None:
 def curves(run: unify_rl.Run) -> dict:
     "What is drawn of a run: each measurement of rewards, objective and seconds, a number a step (None where there was none to take). Of a merge, nothing."
     m = run.metrics
-    return {c: [round(float(v), 4) if np.isfinite(v) else None for v in m[c]] for c in m if c.startswith(("reward/", "objective/", "seconds/"))}
+    return {c: [None if pd.isna(v) else round(float(v), 4) for v in m[c]] for c in m if c.startswith(("reward/", "objective/", "seconds/"))}
 
 
 def table(found: dict, name: str) -> pd.DataFrame:
