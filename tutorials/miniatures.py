@@ -111,9 +111,9 @@ def main() -> None:
 
 
 def curves(run: unify_rl.Run) -> dict:
-    "What is drawn of a run: each measurement of rewards, objective and seconds, a number a step. Of a merge, nothing."
+    "What is drawn of a run: each measurement of rewards, objective and seconds, a number a step (None where there was none to take). Of a merge, nothing."
     m = run.metrics
-    return {c: [round(float(v), 4) for v in m[c]] for c in m if c.startswith(("reward/", "objective/", "seconds/"))}
+    return {c: [None if pd.isna(v) else round(float(v), 4) for v in m[c]] for c in m if c.startswith(("reward/", "objective/", "seconds/"))}
 
 
 def table(found: dict, name: str) -> pd.DataFrame:
@@ -131,9 +131,9 @@ def figure(found: dict, name: str, keys: dict, smooth: int = 9, width: float = 3
     fig, axes = plt.subplots(1, len(keys), figsize=(width * len(keys), 2.4), dpi=70, squeeze=False)
     for ax, (key, title) in zip(axes[0], keys.items()):
         for i, (variant, r) in enumerate(found["experiments"][name].items()):
-            lines = [c[key] for c in r["curves"] if key in c]
-            if lines: ax.plot(np.convolve(np.mean(lines, 0), np.ones(smooth) / smooth, "valid"), label=variant, color=f"C{i}")
-        ax.set_title(title, fontsize=9); ax.set_xlabel("step", fontsize=8); ax.tick_params(labelsize=7)
+            line = pd.DataFrame([c[key] for c in r["curves"] if key in c], dtype=float).mean().rolling(smooth, min_periods=1, center=True).mean()
+            if len(line): ax.plot(np.linspace(0, 1, len(line)), line, label=variant, color=f"C{i}")
+        ax.set_title(title, fontsize=9); ax.set_xlabel("share of the run", fontsize=8); ax.tick_params(labelsize=7)
     axes[0, 0].legend(fontsize=7)
     fig.tight_layout()
     png = io.BytesIO()
