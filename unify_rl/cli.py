@@ -123,7 +123,7 @@ def parser() -> Parser:
     v.add_argument("--json", metavar="FILE", help="also write the scores there")
 
     v = verb("pretrain", pretrain, "rebuild a shipped tiny model from its seed; run it again to continue")
-    v.add_argument("name", metavar="NAME", help="which model: tiny-janus, tiny-bagel or tiny-siglip")
+    v.add_argument("name", metavar="NAME", help="which model: tiny-janus, tiny-bagel, tiny-siglip, or tiny-dimoo, which does not ship yet")
     v.add_argument("--seed", type=int, default=0, metavar="S", help="default: %(default)s")
     v.add_argument("--out", metavar="DIR", help="folder for the model; default: runs/NAME")
     v.add_argument("--steps", type=int, metavar="N", help="steps of the last stage; default: the recipe's")
@@ -195,7 +195,7 @@ def evaluate(args) -> None:
 def pretrain(args) -> None:
     "`unify_rl pretrain`"
     from unify_rl.run import Screen, quiet
-    import unify_rl.train.pretrain_bagel, unify_rl.train.referee            # add their recipes
+    import unify_rl.train.pretrain_bagel, unify_rl.train.pretrain_dimoo, unify_rl.train.referee            # add their recipes
     from unify_rl.train.pretrain import pretrain as rebuild
     if args.steps is not None and args.steps < 1: raise UserError(f"--steps is {args.steps}; it must be at least 1")
     screen, out = Screen(), Path(args.out or f"runs/{args.name}")
