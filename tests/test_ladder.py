@@ -169,11 +169,12 @@ def headings(root):
 
 
 def no_errors_stored(root):
-    "No notebook shows a traceback that nobody expected."
+    "No notebook shows a traceback that nobody expected, nor a library's warning with a path of the machine."
     for path in all_notebooks(root):
         for cell in cells(path):
             if any(out["output_type"] == "error" for out in cell["outputs"]):
                 yield f"{path.name}: cell {cell.get('id')} ended in an error"
+            if any(out.get("name") == "stderr" for out in cell["outputs"]): yield f"{path.name}: cell {cell.get('id')} shows a warning"
 
 
 def no_star_imports(root):
@@ -301,6 +302,7 @@ FAULTS = [
     (small, lesson("90_theory.ipynb", "#" * MAX_BYTES), "90_theory.ipynb: 200 KB"),
     (headings, lesson("90_theory.ipynb", "# # Title", cell_type="markdown"), "90_theory.ipynb: heading '# # Title'"),
     (no_errors_stored, lesson("90_theory.ipynb", "1/0", outputs=[dict(output_type="error")]), "cell c0 ended in an error"),
+    (no_errors_stored, lesson("90_theory.ipynb", "warn()", outputs=[dict(output_type="stream", name="stderr", text="/a/b.py:3: FutureWarning")]), "cell c0 shows a warning"),
     (no_star_imports, core("from math import *"), "unify_rl/core.py:1: import *"),
     (data_is_not_code, core("import pickle"), "imports pickle"),
     (data_is_not_code, core("def f():\n    from pickle import loads"), "unify_rl/core.py:2: imports pickle"),
