@@ -37,7 +37,9 @@ class PromptStream:
         if not shares or empty:
             raise UserError(f"the data set has no prompts for the task {empty[0] if empty else '(none given)'!r}: "
                             f"it has {dict_count(prompts) or 'none at all'}. Check data.path, data.split and data.tasks")
-        if order == "pairs": self.pools = {"pairs": couples(self.pools)}
+        if order == "pairs":
+            if len(set(shares.values())) > 1: raise UserError(f"data.order=pairs takes as many prompts of each task, but data.tasks is {shares}: make the shares equal")
+            self.pools = {"pairs": couples(self.pools)}
         total = sum(shares.values())
         self.shares, self.seed, self.order, self._turns = {k: v / total for k, v in shares.items()}, seed, order, []
         self._order = lru_cache(maxsize=4 * len(shares))(self._shuffle)
@@ -77,9 +79,9 @@ def couples(pools: dict) -> list[tuple]:
     found = {}
     for task, prompts in pools.items():
         for p in prompts:
+            if p.pair_id is None: raise UserError(f"prompt {p.id!r} belongs to no pair. data.order=pairs is for pairs, as `unify_rl pairs build` makes them")
             of = found.setdefault(p.pair_id, {})
-            if p.pair_id is None or task in of: raise UserError(f"prompt {p.id!r} " + (f"and {of[task].id!r} are both the {task!r} of pair {p.pair_id!r}" if task in of and p.pair_id is not None else
-                                                                                "belongs to no pair") + ". data.order=pairs is for pairs, as `unify_rl pairs build` makes them")
+            if task in of: raise UserError(f"prompts {of[task].id!r} and {p.id!r} are both the {task!r} of pair {p.pair_id!r}")
             of[task] = p
     for key, of in found.items():
         if lost := [t for t in pools if t not in of]: raise UserError(f"pair {key!r} has no prompt of the task {lost[0]!r}; it has {', '.join(of)}")

@@ -24,7 +24,7 @@ from ..mechanisms.tokens import Prefix, sample_tokens, token_logp
 from ..mechanisms.flow import (forward_draws, forward_velocities, means_kl, means_logp, normal_like, sample_flow, sde_means, sde_window,
                                       timesteps, velocities_kl, velocities_logp)
 from ..mechanisms.mot import GEN, MoTBody, make_route, router_stats, upcycle
-from .base import Policy, check_keys, check_picture, check_types, file_shapes, from_section, output_generators
+from .base import Policy, check_keys, check_picture, check_types, file_shapes, from_section, load_tokenizer, output_generators, read_json
 from .janus import TAGS
 
 # %% auto #0
@@ -172,9 +172,7 @@ def read_config(folder: Path) -> dict:
     "The three JSON files of a BAGEL folder, as {'config', 'llm_config', 'vit_config'}."
     out = {}
     for name, need in (("config", ()), ("llm_config", LLM_KEYS), ("vit_config", VIT_KEYS)):
-        try: out[name] = json.loads((folder/f"{name}.json").read_bytes())
-        except FileNotFoundError: raise UserError(f"{folder/name}.json is missing: {folder} is not a whole BAGEL folder") from None
-        except ValueError as e: raise UserError(f"{folder/name}.json cannot be read as JSON: {e}. Was it cut short or edited?") from None
+        out[name] = read_json(folder/f"{name}.json")
         lost = [k for k in need if k not in out[name]]
         if lost: raise UserError(f"{folder/name}.json has no {lost[0]!r}")
     return out
@@ -425,7 +423,6 @@ class BagelPolicy(Policy):
     def from_pretrained(cls, folder: str | Path, name: str | None = None, dtype: torch.dtype | None = None) -> "BagelPolicy":
         "Load a folder in BAGEL's own layout."
         from safetensors.torch import load_file
-        from transformers import AutoTokenizer, PretrainedConfig
         folder = Path(folder)
         config, shapes, net, vae = open_folder(folder)
         wants = net.state_dict(), vae_state(vae)
@@ -435,11 +432,7 @@ class BagelPolicy(Policy):
         weights, levels = load_file(folder/FILES[1]), len(vae.config.block_out_channels)
         vae.load_state_dict({k: cast(weights[vae_name(k, levels)].view(w.shape)) for k, w in vae.state_dict().items()}, assign=True)
         vae.requires_grad_(False)
-        try: tokenizer = AutoTokenizer.from_pretrained(folder, config=PretrainedConfig())
-        except Exception as e:
-            raise UserError(f"{folder}: the tokenizer cannot be read ({type(e).__name__}). It needs tokenizer.json (or vocab.json and "
-                            "merges.txt) and tokenizer_config.json: is one missing or damaged?") from e
-        try: return cls(net, vae, tokenizer, config, name or folder.name)
+        try: return cls(net, vae, load_tokenizer(folder), config, name or folder.name)
         except UserError as e: raise UserError(f"{folder}: {e}") from None
 
     def save_pretrained(self, folder: str | Path) -> None:

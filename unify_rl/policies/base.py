@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from ..core import Part, Prompt, Rollout, UserError, generator_for, nearest
 
 # %% auto #0
-__all__ = ['Policy', 'file_shapes', 'check_keys', 'check_types', 'from_section', 'check_picture', 'output_generators']
+__all__ = ['Policy', 'read_json', 'weight_files', 'file_shapes', 'check_keys', 'load_tokenizer', 'check_types', 'from_section',
+           'check_picture', 'output_generators']
 
 # %% ../../nbs/20_policies.base.ipynb #policy
 class Policy(nn.Module):
@@ -128,6 +130,29 @@ class Policy(nn.Module):
         with torch.no_grad(): yield self._reference
 
 # %% ../../nbs/20_policies.base.ipynb #shared
+def read_json(path: Path) -> dict:
+    "A JSON object, or an error that names the file."
+    try: x = json.loads(path.read_bytes())
+    except FileNotFoundError: raise UserError(f"{path} is missing: {path.parent} is not a whole policy folder") from None
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path} cannot be read as JSON: {e}. Was it cut short or edited?") from None
+    if not isinstance(x, dict): raise UserError(f"{path} holds {type(x).__name__}, not keys and values")
+    return x
+
+def weight_files(folder: Path, names: tuple = ()) -> list[Path]:
+    "The safetensors files of a model, all of them there: `names`, or what the index names, or all."
+    index = folder/"model.safetensors.index.json"
+    if names: files, index = [folder/name for name in names], folder/"config.json"
+    elif not index.exists(): files = sorted(folder.glob("*.safetensors"))
+    else:
+        try: files = [folder/Path(name).name for name in sorted(set(read_json(index)["weight_map"].values()))]
+        except (KeyError, AttributeError, TypeError): raise UserError(f"{index} has no weight_map of tensors to files") from None
+    lost = [f for f in files if not f.is_file()]
+    if lost: raise UserError(f"{lost[0]} is missing, but {index.name} calls for it. Copy or download the folder again")
+    if not files:
+        raise UserError(f"{folder} has no weights: no *.safetensors file. Other formats are not read, since they can run code")
+    return files
+
 def file_shapes(file: Path) -> dict:
     "Name -> shape of the tensors of a safetensors file; only its header is read."
     from safetensors import SafetensorError, safe_open
@@ -143,6 +168,14 @@ def check_keys(want: dict, have: dict, file: str) -> None:
     if lost: raise UserError(f"{file}: {lost[0]} is missing" + (f" (and {len(lost) - 1} more)" if lost[1:] else "") + (f"; {spare[0]} is not known" if spare else ""))
     if spare: raise UserError(f"{file}: {spare[0]} belongs to no part of the model that the configuration describes")
     if odd: raise UserError(f"{file}: {odd[0]} is {tuple(have[odd[0]])}, but the configuration says {tuple(want[odd[0]])}")
+
+def load_tokenizer(folder: Path):
+    "The tokenizer in a folder, whatever the model beside it."
+    from transformers import AutoTokenizer, PretrainedConfig
+    try: return AutoTokenizer.from_pretrained(folder, config=PretrainedConfig())
+    except Exception as e:
+        raise UserError(f"{folder}: the tokenizer cannot be read ({type(e).__name__}). It needs tokenizer.json (or vocab.json and "
+                        "merges.txt) and tokenizer_config.json: is one missing or damaged?") from e
 
 def check_types(x, where: str) -> None:
     "Refuse settings of another type than their default's."

@@ -21,13 +21,14 @@ import unify_rl
 from ..core import Part, Rollout, UserError, nearest
 from ..mechanisms.tokens import guide, run_layers, token_logp
 from ..mechanisms.masked import ESTIMATORS, MaskDraws, draws_logp, mask_draws, sample_masked
-from .base import Policy, check_keys, check_picture, check_types, from_section, output_generators
+from .base import (Policy, check_keys, check_picture, check_types, from_section, load_tokenizer, output_generators, read_json,
+                                    weight_files)
 from .janus import TAGS
 
 # %% auto #0
 __all__ = ['LAYER_NAMES', 'TOP_NAMES', 'VQ_FOLDER', 'VQ_WEIGHTS', 'LLADA', 'SIZES', 'SPECIALS', 'FRAME', 'TEMPLATES', 'BLANK',
-           'llada_name', 'TokenIds', 'read_object', 'llama_config', 'build', 'weight_names', 'body_state',
-           'dimoo_shapes', 'llada_words', 'new_dimoo', 'Unmasking', 'DimooPolicy']
+           'llada_name', 'TokenIds', 'llama_config', 'build', 'body_state', 'dimoo_shapes', 'llada_words', 'new_dimoo',
+           'Unmasking', 'DimooPolicy']
 
 # %% ../../nbs/23_policies.dimoo.ipynb #names
 LAYER_NAMES = dict(attn_norm="input_layernorm", ff_norm="post_attention_layernorm", q_proj="self_attn.q_proj", k_proj="self_attn.k_proj",
@@ -61,14 +62,6 @@ class TokenIds:
     eos: int = 126081           # ends an answer
     image: int = 126356         # code k of a picture is token image + k
 
-def read_object(path: Path) -> dict:
-    "A JSON object of a DiMOO folder, or an error that names the file."
-    try: x = json.loads(path.read_bytes())
-    except FileNotFoundError: raise UserError(f"{path} is missing: {path.parent} is not a whole Lumina-DiMOO folder") from None
-    except (OSError, ValueError) as e: raise UserError(f"{path} cannot be read as JSON: {e}. Was it cut short or edited?") from None
-    if not isinstance(x, dict): raise UserError(f"{path} holds {type(x).__name__}, not keys and values")
-    return x
-
 def llama_config(config: dict, codes: int):
     "LLaDA's `config.json` as transformers' configuration of the same body."
     from transformers import LlamaConfig
@@ -89,17 +82,9 @@ def build(folder: Path) -> tuple:
     "Configuration, and the empty body and autoencoder (on the meta device) that a folder describes."
     from diffusers import VQModel
     from transformers import LlamaForCausalLM
-    config, vq = read_object(folder/"config.json"), read_object(folder/VQ_FOLDER/"config.json")
+    config, vq = read_json(folder/"config.json"), read_json(folder/VQ_FOLDER/"config.json")
     if not vq.get("lookup_from_codebook"): raise UserError(f"{folder/VQ_FOLDER}/config.json: lookup_from_codebook is not true, so codes cannot be decoded")
     with torch.device("meta"): return config, LlamaForCausalLM(llama_config(config, vq.get("num_vq_embeddings", 256))), VQModel.from_config(vq)
-
-def weight_names(folder: Path) -> list[str]:
-    "The body's weight files: what the index names, or the one file."
-    index = folder/"model.safetensors.index.json"
-    if not index.exists(): return ["model.safetensors"]
-    where = read_object(index).get("weight_map")
-    if not isinstance(where, dict): raise UserError(f"{index} has no weight_map of tensors to files")
-    return sorted({Path(str(name)).name for name in where.values()})
 
 def body_state(net) -> dict:
     "The body's weights under LLaDA's names; a head that is the embedding is left out."
@@ -211,10 +196,9 @@ class DimooPolicy(Policy):
     def from_pretrained(cls, folder: str | Path, name: str | None = None, dtype: torch.dtype | None = None) -> "DimooPolicy":
         "Load a folder in Lumina-DiMOO's own layout."
         from safetensors.torch import load_file
-        from transformers import AutoTokenizer, PretrainedConfig
         folder = Path(folder)
         config, net, vq = build(folder)
-        state = {k: w for file in weight_names(folder) for k, w in load_file(folder/file).items()}
+        state = {k: w for file in weight_files(folder) for k, w in load_file(file).items()}
         check_keys({k: w.shape for k, w in body_state(net).items()}, {k: w.shape for k, w in state.items()}, str(folder))
         cast = lambda w: w if dtype is None else w.to(dtype)
         net.load_state_dict({k: cast(state[llada_name(k)]) for k in net.state_dict() if llada_name(k) in state}, strict=False, assign=True)
@@ -223,10 +207,7 @@ class DimooPolicy(Policy):
         check_keys({k: w.shape for k, w in vq.state_dict().items()}, {k: w.shape for k, w in weights.items()}, str(folder/VQ_FOLDER))
         vq.load_state_dict({k: cast(w) for k, w in weights.items()}, assign=True)
         net.model.rotary_emb = type(net.model.rotary_emb)(net.config)               # not a weight: it was made without numbers
-        try: tokenizer = AutoTokenizer.from_pretrained(folder, config=PretrainedConfig())
-        except Exception as e:
-            raise UserError(f"{folder}: the tokenizer cannot be read ({type(e).__name__}). It needs tokenizer.json and tokenizer_config.json: is one missing or damaged?") from e
-        try: return cls(net, vq, tokenizer, config, name or folder.name)
+        try: return cls(net, vq, load_tokenizer(folder), config, name or folder.name)
         except UserError as e: raise UserError(f"{folder}: {e}") from None
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -16,48 +16,17 @@ import torch
 from ..core import UserError, nearest
 from .bagel import FILES as BAGEL_FILES, BagelPolicy, bagel_shapes
 from .dimoo import VQ_FOLDER, VQ_WEIGHTS, DimooPolicy, dimoo_shapes
-from .base import Policy
+from .base import Policy, file_shapes, read_json, weight_files
 from .janus import JanusPolicy
 
 # %% auto #0
-__all__ = ['FAMILIES', 'read_json', 'weight_files', 'tensor_shapes', 'janus_shapes', 'Family', 'misfits', 'family_of',
-           'check_folder', 'load_folder', 'policies', 'hub_folder', 'find_policy', 'load_policy']
-
-# %% ../../nbs/29_policies.load.ipynb #json
-def read_json(path: Path) -> dict:
-    "A JSON object, or an error that names the file."
-    try: x = json.loads(path.read_bytes())
-    except FileNotFoundError: raise UserError(f"{path} is missing: {path.parent} is not a whole policy folder") from None
-    except (OSError, ValueError) as e:
-        raise UserError(f"{path} cannot be read as JSON: {e}. Was it cut short or edited?") from None
-    if not isinstance(x, dict): raise UserError(f"{path} holds {type(x).__name__}, not keys and values")
-    return x
+__all__ = ['FAMILIES', 'tensor_shapes', 'janus_shapes', 'Family', 'misfits', 'family_of', 'check_folder', 'load_folder',
+           'policies', 'hub_folder', 'find_policy', 'load_policy']
 
 # %% ../../nbs/29_policies.load.ipynb #headers
-def weight_files(folder: Path, names: tuple = ()) -> list[Path]:
-    "The safetensors files of a model, all of them there: `names`, or what the index names, or all."
-    index = folder/"model.safetensors.index.json"
-    if names: files, index = [folder/name for name in names], folder/"config.json"
-    elif not index.exists(): files = sorted(folder.glob("*.safetensors"))
-    else:
-        try: files = [folder/Path(name).name for name in sorted(set(read_json(index)["weight_map"].values()))]
-        except (KeyError, AttributeError, TypeError): raise UserError(f"{index} has no weight_map of tensors to files") from None
-    lost = [f for f in files if not f.is_file()]
-    if lost: raise UserError(f"{lost[0]} is missing, but {index.name} calls for it. Copy or download the folder again")
-    if not files:
-        raise UserError(f"{folder} has no weights: no *.safetensors file. Other formats are not read, since they can run code")
-    return files
-
 def tensor_shapes(folder: Path, names: tuple = ()) -> dict:
     "Tensor name -> shape, from the headers of the weight files."
-    from safetensors import SafetensorError, safe_open
-    shapes = {}
-    for file in weight_files(folder, names):
-        try:
-            with safe_open(file, "np") as f: shapes |= {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
-        except (SafetensorError, OSError) as e:
-            raise UserError(f"{file} is damaged or cut short: {e}. Copy or download it again") from None
-    return shapes
+    return {k: shape for file in weight_files(folder, names) for k, shape in file_shapes(file).items()}
 
 # %% ../../nbs/29_policies.load.ipynb #fit
 def janus_shapes(folder: Path) -> dict:

@@ -86,6 +86,7 @@ class Trainer:
         self.engine, self.optimizer = self.accelerator.prepare(policy, optimizer)
         self.policy, self.done, self.skipped, self.stopping = self.accelerator.unwrap_model(self.engine), 0, 0, False
         self.meter = AgreementMeter(policy, cfg.log.agreement_of) if cfg.log.agreement_every else None
+        stream.batch(0, cfg.rollout.prompts, self.accelerator.process_index, self.accelerator.num_processes)      # what does not fit is said before a run
         if self.learners and self.accelerator.num_processes > 1:
             raise UserError(f"reward {next(iter(self.learners))!r} learns, and would learn something else in each process; use one, or keep it frozen")
 
