@@ -32,14 +32,14 @@ class PromptStream:
         order: str = "mixed",               # 'mixed': all tasks in each step, 'alternate': each step one task, in turn, 'pairs': the halves of a pair side by side
     ):
         shares = {k: v for k, v in shares.items() if v > 0}
-        self.pools = {k: [p for p in prompts if p.task == k] for k in shares}
-        empty = [k for k, v in self.pools.items() if not v]
+        self.prompts = {k: [p for p in prompts if p.task == k] for k in shares}          # by task
+        empty = [k for k, v in self.prompts.items() if not v]
         if not shares or empty:
             raise UserError(f"the data set has no prompts for the task {empty[0] if empty else '(none given)'!r}: "
                             f"it has {dict_count(prompts) or 'none at all'}. Check data.path, data.split and data.tasks")
         if order == "pairs":
             if len(set(shares.values())) > 1: raise UserError(f"data.order=pairs takes as many prompts of each task, but data.tasks is {shares}: make the shares equal")
-            self.pools = {"pairs": couples(self.pools)}
+        self.pools = {"pairs": couples(self.prompts)} if order == "pairs" else self.prompts      # what is shuffled
         total = sum(shares.values())
         self.shares, self.seed, self.order, self._turns = {k: v / total for k, v in shares.items()}, seed, order, []
         self._order = lru_cache(maxsize=4 * len(shares))(self._shuffle)
