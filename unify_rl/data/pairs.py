@@ -30,9 +30,9 @@ from torch import Tensor
 
 from ..core import Prompt, UserError, nearest, rng_for
 from .readers import Picture
-from ..world.prompts import TEMPLATES, _an, captioned, draw_prompt, draw_prompts, is_held_out
-from ..world.questions import INSTRUCTION, _plural, captions_of, question_prompts
-from ..world.scenes import COLORS, RELATIONS, SHAPES, World, relations, render
+from ..world.prompts import TEMPLATES, captioned, draw_prompt, draw_prompts, is_held_out
+from ..world.questions import captions_of, pose, question_prompts, question_text
+from ..world.scenes import COLORS, SHAPES, World, relations, render
 
 # %% auto #0
 __all__ = ['ENCODERS', 'WRITE_CAPTION', 'WRITE_QUESTION', 'FOCUS', 'KINDS_OF', 'MAX_REPLY', 'MATCHES', 'KINDS', 'TEXTS', 'layout',
@@ -188,24 +188,23 @@ def pair_weight(
 class Failed(ValueError):
     "Why a picture could not be augmented."
 
-def scene_questions(scene: tuple, world: World) -> list:      # [(kind, combination, question, answer, options)]
+def scene_questions(scene: tuple, world: World) -> list:      # [(kind, combination, question, answer)]
     "The questions of the shapes world whose answers a scene settles."
     have, n, out = [(t.shape, t.color) for t in scene], len(scene), []
+    def ask(kind, combination, answer, *about): out.append((kind, combination, question_text(kind, *about), answer))
     for s, k in product(SHAPES, COLORS):
-        out.append(("existence", (k, s, n), f"is there {_an(f'{k} {s}')}?", "yes" if (s, k) in have else "no", ()))
-        out.append(("count", (have.count((s, k)), k, s), f"how many {k} {_plural(s)} are there?", str(have.count((s, k))), [str(i) for i in range(5)]))
+        ask("existence", (k, s, n), "yes" if (s, k) in have else "no", k, s)
+        ask("count", (have.count((s, k)), k, s), str(have.count((s, k))), k, s)
     for t in scene:
-        if sum(s == t.shape for s, _ in have) == 1: out.append(("color", (t.shape, t.color, n), f"what color is the {t.shape}?", t.color, list(COLORS)))
-        if sum(k == t.color for _, k in have) == 1: out.append(("shape", (t.color, t.shape, n), f"what shape is the {t.color} thing?", t.shape, list(SHAPES)))
+        if sum(s == t.shape for s, _ in have) == 1: ask("color", (t.shape, t.color, n), t.color, t.shape)
+        if sum(k == t.color for _, k in have) == 1: ask("shape", (t.color, t.shape, n), t.shape, t.color)
     for a, b in permutations(scene, 2):
         where = relations(a.box(world), b.box(world))
         if len(where) == 1 and a.color != b.color and have.count((a.shape, a.color)) == have.count((b.shape, b.color)) == 1:
-            text = f"where is the {a.color} {a.shape}, seen from the {b.color} {b.shape}?"
-            out.append(("relation", (a.shape, *where, b.shape, n), text, *where, list(RELATIONS)))
+            ask("relation", (a.shape, *where, b.shape, n), *where, f"{a.color} {a.shape}", f"{b.color} {b.shape}")
     for a, b in permutations(SHAPES, 2):
         na, nb = (sum(s == x for s, _ in have) for x in (a, b))
-        if 0 < na and 0 <= na - nb <= 3:
-            out.append(("compare", (a, b, na - nb, n), f"how many more {_plural(a)} than {_plural(b)} are there?", str(na - nb), [str(i) for i in range(4)]))
+        if 0 < na and 0 <= na - nb <= 3: ask("compare", (a, b, na - nb, n), str(na - nb), a, b)
     return out
 
 class ShapesRules:
@@ -234,11 +233,9 @@ class ShapesRules:
             values = sorted({q[part] for q in asked})
             value = values[rng.integers(len(values))]
             asked = [q for q in asked if q[part] == value]
-        kind, _, text, answer, options = asked[rng.integers(len(asked))]
-        wrong = [o for o in options if o != answer]
-        choices = [str(o) for o in rng.permutation([answer, *rng.permutation(wrong)[:3]])] if wrong and rng.random() < 0.5 else []
-        if choices: text, answer = text + "".join(f" {a}. {o}" for a, o in zip("ABCD", choices)), "ABCD"[choices.index(answer)]
-        return dict(question=f"{text} {INSTRUCTION}", choices=choices, answer=answer, category=kind)
+        kind, _, question, answer = asked[rng.integers(len(asked))]
+        text, choices, answer = pose(kind, question, answer, rng)
+        return dict(question=text, choices=list(choices), answer=answer, category=kind)
 
 # %% ../../nbs/42_data.pairs.ipynb #requests
 WRITE_CAPTION = """Look at the picture. Write what a painter who cannot see it needs to know to paint it again: about 30 words in one sentence or two, \
