@@ -14,7 +14,7 @@ import unify_rl.data.pairs as pairs
 from unify_rl.core import Prompt, UserError
 from unify_rl.data.pairs import (Asking, Down, Endpoint, Failed, Log, PairSettings, ShapesRules, augment_all, build_pairs, hang, load_augmenter,
                                  load_encoder, local_model, make_pairs, neighbors, pair_weight, parse_reply, ranked_members, retrieve, scene_questions,
-                                 unit)
+                                 unit, unlike)
 from unify_rl.data.stream import Reading, load_prompts
 from unify_rl.world.scenes import COLORS, SHAPES, Thing, World, render
 
@@ -76,6 +76,37 @@ def test_retrieval_is_the_brute_force_one(n, seed):
     assert all(s == pytest.approx(float(x_G[g] @ x_U[u]), abs=1e-6) and s > 0.5 for g, u, s in ours)
 
 
+@pytest.mark.parametrize("n", [1, 4, 30])
+def test_unlike_pairs_are_the_brute_force_ones(n):
+    x_G, x_U = random_features(40), random_features(30, seed=10)
+    ours = unlike(x_G, x_U, n)
+    assert [(g, u) for g, u, _ in ours] == brute_retrieval(-x_G, x_U, n, -2)
+    assert all(s == pytest.approx(float(x_G[g] @ x_U[u]), abs=1e-6) for g, u, s in ours)
+
+
+def test_random_pairs_use_every_picture_of_the_smaller_side_and_know_nothing_of_likeness():
+    x_G, x_U = random_features(40), random_features(30, seed=10)
+    ours = pairs.at_random(x_G, x_U, 1)
+    assert sorted(u for _, u, _ in ours) == list(range(30)) and len({g for g, _, _ in ours}) == 30
+    assert all(s == pytest.approx(float(x_G[g] @ x_U[u]), abs=1e-6) for g, u, s in ours)
+    same = lambda made: [(g, u) for g, u, _ in made]
+    assert same(ours) == same(pairs.at_random(random_features(40, seed=3), random_features(30, seed=4), 1)) != same(pairs.at_random(x_G, x_U, 2))
+
+
+@pytest.mark.parametrize("match", ["random", "unlike"])
+@pytest.mark.parametrize("clusters", [0, 6])
+def test_controls_are_whole_rows_of_weight_1_with_their_true_similarity(match, clusters, sides, tmp_path):
+    done = build_pairs(*sides, tmp_path, PairSettings(clusters=clusters, match=match, neighbors=40, delta=0.99), "layout")
+    rows = table(tmp_path)
+    assert (done["aligned"] > 0) == (clusters > 0) and done["retrieved"] == 0 and len(rows) == done["aligned"] + done[match] > 30
+    features = {p.id: unit(load_encoder("layout")([pairs.picture_of(p)]))[0] for p in (*sides[0], *sides[1])}
+    for r in rows:
+        assert r["weight"] == 1.0 and r["kind"] in ("aligned", match) and r["id"].startswith(r["kind"] + "/")
+        assert r["similarity"] == pytest.approx(float(features[r["und_id"]] @ features[r["gen_id"]]), abs=1e-5)
+    used = [d for r in rows for d in {r["und_digest"], r["gen_digest"]}]
+    assert len(used) == len(set(used))
+
+
 def test_medoids_are_the_brute_force_ones():
     x = random_features(150)
     assign, center = pairs.cluster(x, 11, seed=3)
@@ -102,6 +133,7 @@ def test_asking_for_more_neighbors_than_there_are(): assert neighbors(random_fea
 def test_weights_are_exact():
     assert pair_weight("aligned", 0.1) == 1.0 and pair_weight("retrieved", 0.81) == 0.9
     assert pair_weight("retrieved", 0.7) == 0.7 ** 0.5
+    assert pair_weight("random", 0.1) == pair_weight("unlike", -0.2) == 1.0
 
 
 def test_every_picture_once_and_every_row_complete(sides, tmp_path):
@@ -121,7 +153,7 @@ def test_every_picture_once_and_every_row_complete(sides, tmp_path):
 
 
 def test_the_report_draws_all_kinds_and_none(sides, tmp_path):
-    for name, settings in (("both", dict(clusters=6)), ("aligned", dict(clusters=6, neighbors=0)), ("retrieved", dict(clusters=0))):
+    for name, settings in (("both", dict(clusters=6)), ("aligned", dict(clusters=6, neighbors=0)), ("retrieved", dict(clusters=0)), ("random", dict(clusters=0, match="random"))):
         build_pairs(*sides, tmp_path/name, PairSettings(**settings), "layout")
         assert (tmp_path/name/"report.png").read_bytes().startswith(b"\x89PNG")
 
@@ -194,12 +226,12 @@ def test_a_delta_too_high_names_the_highest_similarity(sides, tmp_path):
 
 def test_medoids_that_use_a_whole_side_leave_none_to_retrieve(sides, tmp_path):
     reply = lambda image, request: json.dumps(CAPTION if "caption" in request else QUESTION)
-    with pytest.raises(UserError, match="no .* picture is left to retrieve.*clusters"):
+    with pytest.raises(UserError, match="no .* picture is left to match.*clusters"):
         build_pairs(sides[0][:3], sides[1][:3], tmp_path, PairSettings(clusters=6), "layout", Asking(reply, "m"))
 
 
 BAD_SETTINGS = [(dict(delta=1.0), "delta is 1.0"), (dict(delta=-0.1), "delta is -0.1"), (dict(clusters=-1), "clusters is -1"), (dict(neighbors=-1), "neighbors is -1"),
-                (dict(clusters=0, neighbors=0), "no pairs at all"), (dict(candidates=0), "candidates is 0")]
+                (dict(clusters=0, neighbors=0), "no pairs at all"), (dict(candidates=0), "candidates is 0"), (dict(match="randon"), "Did you mean 'random'")]
 
 @pytest.mark.parametrize("given, said", BAD_SETTINGS)
 def test_settings_that_cannot_be(given, said):
@@ -482,7 +514,9 @@ def test_the_command_from_files_to_prompts(tmp_path, capsys):
     assert code == 2 and "rules knows only the shapes world" in err
     code, out, err = shell(capsys, *data, "--clusters", 0, "--delta", 0)
     assert code == 0, err
-    assert "retrieved pairs" in out and "data.source=pairs" in out
+    assert "retrieved pairs" in out and "unify_rl train pairuni data.path=" in out
+    code, out, err = shell(capsys, *data[:-1], tmp_path/"random", "--clusters", 0, "--match", "random")
+    assert code == 0 and "random pairs" in out and "retrieved pairs" not in out, err
     summary = json.loads((tmp_path/"out"/"summary.json").read_text())
     assert summary["summary"]["bad_rows"] == 1 and "row 25" in summary["left_out"]["bad_rows"][0]
     prompts = load_prompts("pairs", "train", ("answer", "generate"), str(tmp_path/"out"), Reading())
@@ -491,7 +525,7 @@ def test_the_command_from_files_to_prompts(tmp_path, capsys):
     assert (tmp_path/"out"/row["und_image"]).read_bytes() in [(folder/f"{i}.png").read_bytes() for i in range(24)]      # as it was, not encoded anew
 
 
-MISTAKES = {"--delta 2": "delta is 2.0", "--samples 0": "--samples is 0; it must be at least 1", "--encoder resnet50": "unknown encoder 'resnet50'",
+MISTAKES = {"--match alike": "unknown match 'alike'", "--delta 2": "delta is 2.0", "--samples 0": "--samples is 0; it must be at least 1", "--encoder resnet50": "unknown encoder 'resnet50'",
             "--encoder layout --augment gpt": "unknown augmenter 'gpt'", "--encoder layout --augment http://localhost:1/v1": "say which one",
             "--encoder layout --clusters 0 --und jsonk:x": "Did you mean 'jsonl'"}
 
@@ -503,4 +537,4 @@ def test_a_mistake_is_one_message(line, capsys, tmp_path):
 
 def test_the_manual_names_what_can_be_chosen(capsys):
     code, out, _ = shell(capsys, "--help")
-    assert code == 0 and all(word in out for word in ("torchvision:resnet50", "UNIFY_RL_API_KEY", "report.png", "--delta D", "data.source=pairs", *pairs.ENCODERS))
+    assert code == 0 and all(word in out for word in ("torchvision:resnet50", "UNIFY_RL_API_KEY", "report.png", "--delta D", "train pairuni", *pairs.ENCODERS, *pairs.MATCHES))

@@ -7,6 +7,7 @@ import io
 import json
 import shutil
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -229,6 +230,26 @@ def test_a_hub_name_without_a_network(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="no folder nobody/nothing .* hub .*hf download nobody/nothing"):
         load_policy("nobody/nothing")
+
+
+def test_weights_of_prompts_count_unless_told_not_to(tiny, tmp_path):
+    light = [replace(p, weight=0.25) for p in PROMPTS]
+    runs = {w: go(tiny, tmp_path/str(w), prompts=light, steps=1, evaluate=dict(suites=[]), data=dict(weighted=w)) for w in (True, False)}
+    rows = {w: run.groups(1) for w, run in runs.items()}
+    assert set(rows[True].weight) == {0.25} and set(rows[False].weight) == {1.0} and rows[False].advantage.abs().max() > 0
+    assert np.allclose(rows[True].advantage, 0.25 * rows[False].advantage) and light[0].weight == 0.25
+
+
+def test_prompts_without_weights_keep_their_pictures_encoded(tmp_path):
+    from PIL import Image
+    from unify_rl.data.readers import FilePrompt, Picture
+    from unify_rl.data.stream import load_prompts
+    Image.fromarray(PROMPTS[-1].image).save(tmp_path/"a.png")
+    (tmp_path/"train.jsonl").write_text(json.dumps(dict(id="a", task="answer", text="?", answer="x", image="a.png", weight=0.5)) + "\n")
+    old, = load_prompts("jsonl", "train", ("answer",), str(tmp_path))
+    new, = R.unweighted([old])
+    assert (old.weight, new.weight) == (0.5, 1.0) and type(new) is FilePrompt and isinstance(vars(new)["image"], Picture)
+    assert np.array_equal(new.image, PROMPTS[-1].image) and (new.id, new.answer) == (old.id, old.answer)
 
 
 def test_a_prompt_that_no_rule_can_judge_is_found_before_the_run(tiny, tmp_path):

@@ -3,11 +3,13 @@
     python tutorials/miniatures.py lvrpo                      # all experiments of tutorials/lvrpo.yaml
     python tutorials/miniatures.py lvrpo group-size --seeds 0 1 2
 
-Finished runs in --out are not repeated. The numbers go to tutorials/results/PAPER.json, some pictures beside it; the paper's notebook shows them.
+A paper's `pairs:` (name -> options of `unify_rl pairs build`) are made before, in OUT/pairs-NAME; a variant trains on them with `pairs: NAME`.
+Finished runs and pairs in --out are not made again. The numbers go to tutorials/results/PAPER.json, some pictures beside it; the paper's notebook shows them.
 """
 import argparse
 import io
 import json
+import shlex
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -18,6 +20,8 @@ import yaml
 from PIL import Image
 
 import unify_rl
+from unify_rl import cli
+from unify_rl.data.pairs import KINDS
 from unify_rl.evaluate.stats import paired_ci
 from unify_rl.evaluate.suites import Result, evaluate, load_suite
 from unify_rl.train.runlog import picture_path
@@ -46,22 +50,31 @@ def strip(run: unify_rl.Run, groups: int = 3, scale: int = 3) -> Image.Image | N
     return small(Image.fromarray(np.concatenate(rows[:groups]).repeat(scale, 0).repeat(scale, 1))) if rows[:groups] else None
 
 
-def train(spec: dict, recipe: str, settings: list, seed: int, folder: Path, threads: int) -> dict:
+def build(options: str, folder: Path) -> dict:
+    "Pairs, made by `unify_rl pairs build` unless they are there already: how many of each kind, how alike, and with which options."
+    if not (folder / "pairs.parquet").exists() and cli.main(["pairs", "build", *shlex.split(options), "--out", str(folder)]): raise SystemExit(2)
+    done = json.loads((folder / "summary.json").read_text())["summary"]
+    return dict(name=folder.name.removeprefix("pairs-"), options=options, similarity=done["similarity"]) | {k: done[k] for k in KINDS}
+
+
+def train(spec: dict, variant: dict, seed: int, folder: Path, threads: int) -> dict:
     "One variant and seed, trained unless it is there already; an interrupted one continues. A run, or stage -> run."
     if not (folder / "summary.json").exists():
         same = dict(resume=True) if (folder / "config.yaml").exists() else {}
         fixed = [f"run_dir={folder}", f"seed={seed}", f"threads={threads}", "evaluate.suites=[]", "log.groups_every=20"]
-        unify_rl.train(recipe, spec["policy"], overrides=[*spec["settings"], *settings, *fixed], **same)
+        data = [f"data.path={folder.parent / ('pairs-' + variant['pairs'])}"] if variant["pairs"] else []
+        unify_rl.train(variant["recipe"], spec["policy"], overrides=[*spec["settings"], *data, *variant["settings"], *fixed], **same)
     return {s: unify_rl.Run(folder / s) for s in unify_rl.Run(folder).summary.get("stages", {"": 0})}
 
 
 def variants(spec: dict) -> dict:
-    "(experiment, variant) -> its recipe, its settings and the name of its runs; the same run under two names is trained once."
+    "(experiment, variant) -> the name of its runs, and its recipe, settings and pairs; the same run under two names is trained once."
     found, names = {}, {}
     for name, variant, what in ((n, v, w) for n, e in spec["experiments"].items() for v, w in e.items()):
-        recipe, settings = (what["recipe"], what.get("settings", [])) if isinstance(what, dict) else (spec["recipe"], what)
-        key = names.setdefault((recipe, *settings), f"{name}-{variant}".replace(" ", "_").replace("=", ""))
-        found[name, variant] = recipe, settings, key
+        what = dict(recipe=spec["recipe"], settings=[], pairs="") | (what if isinstance(what, dict) else dict(settings=what))
+        if what["pairs"] and what["pairs"] not in spec.get("pairs", {}): raise SystemExit(f"{name}, {variant}: there are no pairs {what['pairs']!r}")
+        key = names.setdefault(json.dumps(what), f"{name}-{variant}".replace(" ", "_").replace("=", ""))
+        found[name, variant] = key, what
     return found
 
 
@@ -90,8 +103,9 @@ def main() -> None:
     for name in a.experiments or spec["experiments"]:
         rows = found["experiments"][name] = {}
         for variant in spec["experiments"][name]:
-            recipe, settings, key = runs_of[name, variant]
-            seeded = [train(spec, recipe, settings, seed, out / f"{key}-s{seed}", a.threads) for seed in seeds]
+            key, what = runs_of[name, variant]
+            made = build(spec["pairs"][what["pairs"]], out / f"pairs-{what['pairs']}") if what["pairs"] else {}
+            seeded = [train(spec, what, seed, out / f"{key}-s{seed}", a.threads) for seed in seeds]
             for stage in seeded[0]:
                 runs, after = [runs[stage] for runs in seeded], {s: [] for s in suites}
                 for seed, run in zip(seeds, runs):
@@ -102,7 +116,8 @@ def main() -> None:
                         after[s].append(kept(path, lambda: evaluate(policy, suites[s])))
                 changes = {s: paired_ci(before[s].values("correct"), np.stack([r.values("correct") for r in after[s]])) for s in suites}
                 row = ": ".join(filter(None, (variant, stage)))
-                rows[row] = dict(recipe=recipe, settings=settings, seeds=list(seeds), curves=[curves(run) for run in runs], suites={
+                drawn = [curves(run) for run in runs]
+                rows[row] = dict(recipe=what["recipe"], settings=what["settings"], pairs=made, seeds=list(seeds), agreement=agreement(drawn), curves=drawn, suites={
                     s: dict(after=[r.overall for r in after[s]], change=c.mean, ci95=[c.lo, c.hi]) for s, c in changes.items()})
                 picture = strip(runs[0]) if runs[0].steps else None
                 if picture: picture.save(HERE / "results" / f"{a.paper}-{name}-{row.replace(': ', '-').replace(' ', '_').replace('=', '')}.png")
@@ -114,6 +129,12 @@ def curves(run: unify_rl.Run) -> dict:
     "What is drawn of a run: each measurement of rewards, objective and seconds, a number a step (None where there was none to take). Of a merge, nothing."
     m = run.metrics
     return {c: [None if pd.isna(v) else round(float(v), 4) for v in m[c]] for c in m if c.startswith(("reward/", "objective/", "seconds/"))}
+
+
+def agreement(drawn: list) -> float | None:
+    "The median cosine of the gradients of reading and drawing, over the steps and runs that measured it; None if none did."
+    seen = [v for c in drawn for v in c.get("objective/agreement", ()) if v is not None]
+    return round(float(np.median(seen)), 4) if seen else None
 
 
 def table(found: dict, name: str) -> pd.DataFrame:

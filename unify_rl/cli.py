@@ -49,6 +49,9 @@ PAIRS_MANUAL = """what it does
   Reads two data sets, questions about pictures and sentences with pictures, and makes pairs of them (PairUni, Algorithm 1):
     aligned    one picture with both halves; the half that it lacks is written by the augmenter; weight 1
     retrieved  a question about one picture and a sentence that draws a similar one; weight = square root of the similarity
+  and, to compare with, controls in place of the retrieved ones:
+    random     by lot (--match random); weight 1
+    unlike     the least similar ones (--match unlike); weight 1
   Without options both sides come from the shapes world, and nothing is downloaded.
 
 data (SOURCE or SOURCE:PATH)
@@ -77,7 +80,9 @@ what it writes into DIR
 
 examples
   unify_rl pairs build
-  unify_rl train grpo data.source=pairs data.path=runs/pairs-shapes
+  unify_rl train pairuni
+  unify_rl pairs build --match random --clusters 0 --out runs/pairs-random
+  unify_rl train pairuni data.path=runs/pairs-random
   unify_rl pairs build --und parquet:data/questions --gen webdataset:data/blip3o --out runs/pairs-mine \\
       --encoder torchvision:resnet50 --augment http://localhost:8000/v1 --model qwen2.5-vl
 """
@@ -146,13 +151,15 @@ def parser() -> Parser:
     v.add_argument("--und", metavar="DATA", default="shapes", help="understanding side: questions about pictures; default: %(default)s")
     v.add_argument("--gen", metavar="DATA", default="shapes", help="generation side: sentences with pictures; default: %(default)s")
     v.add_argument("--split", metavar="S", default="train", help="train or test; default: %(default)s")
-    v.add_argument("--samples", type=int, metavar="N", default=600, help="samples of each side that is shapes; default: %(default)s")
+    v.add_argument("--samples", type=int, metavar="N", default=2000, help="samples of each side that is shapes; default: %(default)s")
     v.add_argument("--encoder", metavar="E", default="siglip:tiny-siglip", help="what compares pictures; default: %(default)s")
     v.add_argument("--augment", metavar="A", default="rules", help="what writes missing halves; default: %(default)s")
     v.add_argument("--model", metavar="NAME", default="", help="the model's name at an endpoint")
     v.add_argument("--clusters", type=int, metavar="K", help="clusters, each with one aligned pair; 0: none; default: one for 20 pictures")
-    v.add_argument("--neighbors", type=int, metavar="n", default=10, help="nearest pictures that may be taken; 0: no retrieved pairs; default: %(default)s")
-    v.add_argument("--delta", type=float, metavar="D", default=0.6, help="least similarity of a retrieved pair; default: %(default)s")
+    v.add_argument("--match", metavar="M", default="similar", help="how the other pictures are matched: similar, random, or unlike; default: %(default)s")
+    v.add_argument("--neighbors", type=int, metavar="n", default=10,
+                   help="nearest pictures that may be taken (unlike: farthest); 0: only aligned pairs; default: %(default)s")
+    v.add_argument("--delta", type=float, metavar="D", default=0.6, help="least similarity of similar ones; default: %(default)s")
     v.add_argument("--out", metavar="DIR", default="runs/pairs-shapes", help="folder; default: %(default)s")
     v.add_argument("--batch", type=int, metavar="B", default=128, help="pictures encoded at once; default: %(default)s")
     v.add_argument("--workers", type=int, metavar="W", default=4, help="requests at a time to an endpoint; default: %(default)s")
@@ -229,7 +236,7 @@ def pairs(args) -> None:
     from unify_rl.run import Screen, quiet
     for name in ("samples", "batch", "workers", "max_pixels"):
         if getattr(args, name) < 1: raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
-    settings = PairSettings(args.clusters, args.neighbors, args.delta, seed=args.seed)
+    settings = PairSettings(args.clusters, args.match, args.neighbors, args.delta, seed=args.seed)
     if args.augment == "rules" and args.clusters != 0 and (args.und, args.gen) != ("shapes", "shapes"):
         raise UserError("--augment rules knows only the shapes world. Name a model that writes the missing halves, or ask for retrieved pairs only: --clusters 0")
     screen = Screen()
@@ -244,7 +251,7 @@ def pairs(args) -> None:
             raise KeyboardInterrupt("interrupted; the same command continues where it was stopped") from None
     screen.say(pairs_table(done))
     out = shlex.quote(args.out)
-    screen.say(f"pairs   {args.out}/pairs.parquet\nreport  {args.out}/report.png\nnext    unify_rl train grpo data.source=pairs data.path={out}")
+    screen.say(f"pairs   {args.out}/pairs.parquet\nreport  {args.out}/report.png\nnext    unify_rl train pairuni data.path={out}")
 
 def read_sides(args, track: Callable) -> tuple:
     "(understanding, generation, messages of rows that do not fit)."
@@ -262,11 +269,14 @@ def read_sides(args, track: Callable) -> tuple:
 def pairs_table(done: dict):
     "What `build_pairs` did, for the terminal."
     from rich.table import Table
+    from unify_rl.data.pairs import KINDS
     t = Table("pairs", show_header=False)
     t.add_column(justify="right")
     said = dict(understanding="pictures asked about", generation="pictures to draw", bad_rows="rows that do not fit", unreadable="pictures that cannot be read",
-                duplicates="pictures that are there twice", not_augmented="pictures that could not be augmented", aligned="aligned pairs", retrieved="retrieved pairs")
-    for k, words in said.items(): t.add_row(words, str(done[k]), style="bold" if k in ("aligned", "retrieved") else None)
+                duplicates="pictures that are there twice", not_augmented="pictures that could not be augmented")
+    for k, words in said.items(): t.add_row(words, str(done[k]))
+    for k in KINDS:
+        if done[k]: t.add_row(f"{k} pairs", str(done[k]), style="bold")
     if done["similarity"]: t.add_row("their similarity: least, median, most", " ".join(f"{s:.3f}" for s in done["similarity"]))
     return t
 

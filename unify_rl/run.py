@@ -13,6 +13,7 @@ import shutil
 import signal
 import time
 from collections import deque
+from copy import copy
 from dataclasses import asdict, is_dataclass, replace
 from functools import reduce
 from pathlib import Path
@@ -39,7 +40,8 @@ from .train.runlog import (RunLog, logged_steps, picture_path, read_groups, read
 # %% auto #0
 __all__ = ['SHOWN', 'MAY_CHANGE', 'RESULTS', 'OF_THE_RUN', 'clock', 'pick', 'line', 'board', 'Screen', 'run_suites',
            'read_verdicts', 'write_verdicts', 'take_verdicts', 'Run', 'saved_config', 'as_overrides', 'changes',
-           'resumed_config', 'resume_command', 'own_settings', 'quiet', 'train', 'stage_configs', 'stage_starts']
+           'resumed_config', 'resume_command', 'own_settings', 'unweighted', 'quiet', 'train', 'stage_configs',
+           'stage_starts']
 
 # %% ../nbs/75_run.ipynb #words
 SHOWN = {"objective/kl": "KL", "objective/clip_fraction": "clipped", "groups/dead": "dead groups", "samples/failed": "failed"}
@@ -288,6 +290,14 @@ def _load_prompts(cfg: Config, prompts: list | None, screen: Screen) -> tuple[li
                    style="yellow")
     return found, reading
 
+def unweighted(prompts: list[Prompt]) -> list[Prompt]:
+    "The same prompts, each of weight 1; a picture that is still encoded stays so."
+    def one(p):
+        p = copy(p)
+        object.__setattr__(p, "weight", 1.0)
+        return p
+    return [one(p) for p in prompts]
+
 def _prepare(cfg: Config, resume: bool, prompts: list | None, rewards: list | None, screen: Screen) -> Trainer:
     "Everything a run needs, checked; the run folder is made last."
     if cfg.threads: torch.set_num_threads(cfg.threads)
@@ -295,6 +305,7 @@ def _prepare(cfg: Config, resume: bool, prompts: list | None, rewards: list | No
     for name in cfg.evaluate.suites: load_suite(name, cfg.evaluate.prompts)
     reward_list, weights_R = _load_rewards(cfg, rewards)
     found, reading = _load_prompts(cfg, prompts, screen)
+    if not cfg.data.weighted: found = unweighted(found)
     stream = PromptStream(only_questions(found, cfg.data.questions), cfg.data.tasks, cfg.seed, cfg.data.order)
     check_prompts([p for task in stream.prompts.values() for p in task], reward_list)
     policy = load_policy(cfg.policy)

@@ -30,17 +30,18 @@ from torch import Tensor
 
 from ..core import Prompt, UserError, nearest, rng_for
 from .readers import Picture
-from ..world.prompts import TEMPLATES, _an, captioned, draw_prompt, draw_prompts, is_held_out
-from ..world.questions import INSTRUCTION, _plural, captions_of, question_prompts
-from ..world.scenes import COLORS, RELATIONS, SHAPES, World, relations, render
+from ..world.prompts import TEMPLATES, captioned, draw_prompt, draw_prompts, is_held_out
+from ..world.questions import captions_of, pose, question_prompts, question_text
+from ..world.scenes import COLORS, SHAPES, World, relations, render
 
 # %% auto #0
-__all__ = ['ENCODERS', 'WRITE_CAPTION', 'WRITE_QUESTION', 'FOCUS', 'KINDS_OF', 'MAX_REPLY', 'TEXTS', 'layout', 'siglip_encoder',
-           'timm_encoder', 'open_clip_encoder', 'torchvision_encoder', 'load_encoder', 'unit', 'cluster',
-           'ranked_members', 'neighbors', 'greedy', 'retrieve', 'pair_weight', 'Failed', 'scene_questions',
-           'ShapesRules', 'request_for', 'parse_reply', 'Asking', 'picture_of', 'local_model', 'Down', 'Endpoint',
-           'data_url', 'load_augmenter', 'Log', 'augment_all', 'Gallery', 'hang', 'PairSettings', 'Pair', 'make_pairs',
-           'pair_row', 'save_picture', 'write_pairs', 'report', 'shapes_asked', 'shapes_drawn', 'build_pairs']
+__all__ = ['ENCODERS', 'WRITE_CAPTION', 'WRITE_QUESTION', 'FOCUS', 'KINDS_OF', 'MAX_REPLY', 'MATCHES', 'KINDS', 'TEXTS', 'layout',
+           'siglip_encoder', 'timm_encoder', 'open_clip_encoder', 'torchvision_encoder', 'load_encoder', 'unit',
+           'cluster', 'ranked_members', 'neighbors', 'greedy', 'retrieve', 'at_random', 'unlike', 'pair_weight',
+           'Failed', 'scene_questions', 'ShapesRules', 'request_for', 'parse_reply', 'Asking', 'picture_of',
+           'local_model', 'Down', 'Endpoint', 'data_url', 'load_augmenter', 'Log', 'augment_all', 'Gallery', 'hang',
+           'PairSettings', 'Pair', 'make_pairs', 'pair_row', 'save_picture', 'write_pairs', 'report', 'shapes_asked',
+           'shapes_drawn', 'build_pairs']
 
 # %% ../../nbs/42_data.pairs.ipynb #encoders
 def layout(name: str, device: str) -> Callable:
@@ -158,44 +159,52 @@ def greedy(sim_Gn: Tensor, index_Gn: Tensor, delta: float) -> list:     # [(g, u
 
 def retrieve(x_GD: Tensor, x_UD: Tensor, n: int = 10, delta: float = 0.6, track: Callable | None = None) -> list:
     "Retrieved pairs (U4): [(g, u, similarity)]."
-    for side, x in (("generation", x_GD), ("understanding", x_UD)):
-        if not len(x): raise UserError(f"no {side} picture is left to retrieve: the medoids have used them all. Lower the number of clusters")
     sim_Gn, index_Gn = neighbors(x_GD, x_UD, n, track=track)
     if not (pairs := greedy(sim_Gn, index_Gn, delta)):
         raise UserError(f"no two pictures are more similar than delta = {delta}: the highest similarity of all is {sim_Gn.max():.4f}. "
                         "Lower delta, or ask for aligned pairs only (neighbors = 0)")
     return pairs
 
+# %% ../../nbs/42_data.pairs.ipynb #controls
+def at_random(x_GD: Tensor, x_UD: Tensor, seed: int = 0) -> list:
+    "Pairs by lot: [(g, u, similarity)], as many as the smaller side has pictures."
+    rng, n = rng_for("random pairs", seed), min(len(x_GD), len(x_UD))
+    g, u = (rng.permutation(len(x))[:n] for x in (x_GD, x_UD))
+    return list(zip(g.tolist(), u.tolist(), (x_GD[g] * x_UD[u]).sum(1).tolist()))
+
+def unlike(x_GD: Tensor, x_UD: Tensor, n: int = 10, track: Callable | None = None) -> list:
+    "Pairs of pictures that are as little alike as can be: [(g, u, similarity)], the least similar first."
+    return [(g, u, -s) for g, u, s in greedy(*neighbors(-x_GD, x_UD, n, track=track), -math.inf)]
+
 # %% ../../nbs/42_data.pairs.ipynb #weight
 def pair_weight(
-    kind: str,              # 'aligned' or 'retrieved'
+    kind: str,              # 'aligned', 'retrieved', 'random' or 'unlike'
     similarity: float,      # cosine of the two pictures
 ) -> float:
-    "Weight of a pair's advantages (U5, Eq. 2)."
-    return 1.0 if kind == "aligned" else math.sqrt(similarity)
+    "Weight of a pair's advantages (U5, Eq. 2). The controls are for training without pairs, so theirs is 1 (vanilla GRPO)."
+    return math.sqrt(similarity) if kind == "retrieved" else 1.0
 
 # %% ../../nbs/42_data.pairs.ipynb #rules
 class Failed(ValueError):
     "Why a picture could not be augmented."
 
-def scene_questions(scene: tuple, world: World) -> list:      # [(kind, combination, question, answer, options)]
+def scene_questions(scene: tuple, world: World) -> list:      # [(kind, combination, question, answer)]
     "The questions of the shapes world whose answers a scene settles."
     have, n, out = [(t.shape, t.color) for t in scene], len(scene), []
+    def ask(kind, combination, answer, *about): out.append((kind, combination, question_text(kind, *about), answer))
     for s, k in product(SHAPES, COLORS):
-        out.append(("existence", (k, s, n), f"is there {_an(f'{k} {s}')}?", "yes" if (s, k) in have else "no", ()))
-        out.append(("count", (have.count((s, k)), k, s), f"how many {k} {_plural(s)} are there?", str(have.count((s, k))), [str(i) for i in range(5)]))
+        ask("existence", (k, s, n), "yes" if (s, k) in have else "no", k, s)
+        ask("count", (have.count((s, k)), k, s), str(have.count((s, k))), k, s)
     for t in scene:
-        if sum(s == t.shape for s, _ in have) == 1: out.append(("color", (t.shape, t.color, n), f"what color is the {t.shape}?", t.color, list(COLORS)))
-        if sum(k == t.color for _, k in have) == 1: out.append(("shape", (t.color, t.shape, n), f"what shape is the {t.color} thing?", t.shape, list(SHAPES)))
+        if sum(s == t.shape for s, _ in have) == 1: ask("color", (t.shape, t.color, n), t.color, t.shape)
+        if sum(k == t.color for _, k in have) == 1: ask("shape", (t.color, t.shape, n), t.shape, t.color)
     for a, b in permutations(scene, 2):
         where = relations(a.box(world), b.box(world))
         if len(where) == 1 and a.color != b.color and have.count((a.shape, a.color)) == have.count((b.shape, b.color)) == 1:
-            text = f"where is the {a.color} {a.shape}, seen from the {b.color} {b.shape}?"
-            out.append(("relation", (a.shape, *where, b.shape, n), text, *where, list(RELATIONS)))
+            ask("relation", (a.shape, *where, b.shape, n), *where, f"{a.color} {a.shape}", f"{b.color} {b.shape}")
     for a, b in permutations(SHAPES, 2):
         na, nb = (sum(s == x for s, _ in have) for x in (a, b))
-        if 0 < na and 0 <= na - nb <= 3:
-            out.append(("compare", (a, b, na - nb, n), f"how many more {_plural(a)} than {_plural(b)} are there?", str(na - nb), [str(i) for i in range(4)]))
+        if 0 < na and 0 <= na - nb <= 3: ask("compare", (a, b, na - nb, n), str(na - nb), a, b)
     return out
 
 class ShapesRules:
@@ -224,11 +233,9 @@ class ShapesRules:
             values = sorted({q[part] for q in asked})
             value = values[rng.integers(len(values))]
             asked = [q for q in asked if q[part] == value]
-        kind, _, text, answer, options = asked[rng.integers(len(asked))]
-        wrong = [o for o in options if o != answer]
-        choices = [str(o) for o in rng.permutation([answer, *rng.permutation(wrong)[:3]])] if wrong and rng.random() < 0.5 else []
-        if choices: text, answer = text + "".join(f" {a}. {o}" for a, o in zip("ABCD", choices)), "ABCD"[choices.index(answer)]
-        return dict(question=f"{text} {INSTRUCTION}", choices=choices, answer=answer, category=kind)
+        kind, _, question, answer = asked[rng.integers(len(asked))]
+        text, choices, answer = pose(kind, question, answer, rng)
+        return dict(question=text, choices=list(choices), answer=answer, category=kind)
 
 # %% ../../nbs/42_data.pairs.ipynb #requests
 WRITE_CAPTION = """Look at the picture. Write what a painter who cannot see it needs to know to paint it again: about 30 words in one sentence or two, \
@@ -506,16 +513,24 @@ def _kept(part: list[Prompt], encode: Callable, name: str, folder: Path | None) 
     return x_BD, *rest
 
 # %% ../../nbs/42_data.pairs.ipynb #pair
+MATCHES = {         # how the free pictures are matched -> (kind of the pairs, (x_GD, x_UD, settings, track) -> [(g, u, similarity)])
+    "similar": ("retrieved", lambda x_GD, x_UD, s, track: retrieve(x_GD, x_UD, s.neighbors, s.delta, track)),
+    "random": ("random", lambda x_GD, x_UD, s, track: at_random(x_GD, x_UD, s.seed)),
+    "unlike": ("unlike", lambda x_GD, x_UD, s, track: unlike(x_GD, x_UD, s.neighbors, track))}
+KINDS = ("aligned", *(kind for kind, _ in MATCHES.values()))
+
 @dataclass
 class PairSettings:
     "How pairs are made."
     clusters: int | None = None     # K; None: one for 20 pictures; 0: no aligned pairs
-    neighbors: int = 10             # n; 0: no retrieved pairs
+    match: str = "similar"          # how the pictures that are then free are matched: a name in MATCHES
+    neighbors: int = 10             # n of similar and unlike; 0: nothing is matched
     delta: float = 0.6              # least similarity of a retrieved pair
     candidates: int = 5             # members of a cluster that are tried before it is given up
     seed: int = 0
 
     def __post_init__(self):
+        if self.match not in MATCHES: raise UserError(f"unknown match {self.match!r}. {nearest(self.match, MATCHES)}")
         for k in ("clusters", "neighbors"):
             if (v := getattr(self, k)) is not None and v < 0: raise UserError(f"{k} is {v}; it must be 0 (none) or more")
         if self.candidates < 1: raise UserError(f"candidates is {self.candidates}; it must be at least 1")
@@ -525,7 +540,7 @@ class PairSettings:
 @dataclass
 class Pair:
     "Two halves; an aligned pair has the same picture twice, and `fields` for the half that was written."
-    kind: str               # 'aligned' or 'retrieved'
+    kind: str               # one of KINDS
     und: int                # places in the gallery
     gen: int
     similarity: float
@@ -540,7 +555,7 @@ def make_pairs(
     settings: PairSettings,
     track: Callable | None = None,
 ) -> tuple:                         # (pairs, messages of what could not be augmented)
-    "Algorithm 1: aligned pairs from the medoids, retrieved pairs from the rest."
+    "Algorithm 1: aligned pairs from the medoids, pairs of two pictures from the rest."
     N, asks_N, pairs, failed = len(gallery.prompts), gallery.asks_N, [], []
     for side, n in (("understanding", asks_N.sum()), ("generation", (~asks_N).sum())):
         if not n: raise UserError(f"there is no {side} picture to pair{'. The first problem: ' + gallery.skipped[0] if gallery.skipped else ''}")
@@ -557,8 +572,10 @@ def make_pairs(
     free_N[[p.und for p in pairs]] = False
     if settings.neighbors:
         u, g = np.flatnonzero(asks_N & free_N), np.flatnonzero(~asks_N & free_N)
-        pairs += [Pair("retrieved", int(u[j]), int(g[i]), s) for i, j, s in
-                  retrieve(gallery.x_ND[g], gallery.x_ND[u], settings.neighbors, settings.delta, track)]
+        for side, left in (("generation", g), ("understanding", u)):
+            if not len(left): raise UserError(f"no {side} picture is left to match: the medoids have used them all. Lower the number of clusters")
+        kind, match = MATCHES[settings.match]
+        pairs += [Pair(kind, int(u[j]), int(g[i]), s) for i, j, s in match(gallery.x_ND[g], gallery.x_ND[u], settings, track)]
     if not pairs: raise UserError(f"no picture could be augmented, so there is no pair. The first: {failed[0]}")
     return pairs, failed
 
@@ -578,7 +595,7 @@ def pair_row(p: Pair, gallery: Gallery, files: dict, sources: tuple) -> dict:
     came = lambda q: f"{sources[q.task == 'generate']}, {q.meta.get('row', q.id)}"
     sides = {f"{side}_{k}": v for side, q, i in (("und", und, p.und), ("gen", gen, p.gen)) for k, v in
              dict(id=q.id, source=came(q), digest=gallery.digests[i], image=files[i]).items()}
-    name = f"aligned/{und.task}/{und.id}" if p.kind == "aligned" else f"retrieved/{gen.id}"
+    name = f"aligned/{und.task}/{und.id}" if p.kind == "aligned" else f"{p.kind}/{gen.id}"
     written = "question" if "question" in f else "caption" if "caption" in f else ""
     return dict(id=name, kind=p.kind, similarity=p.similarity, weight=p.weight, written=written, **asked, **drawn, **sides)
 
@@ -612,14 +629,14 @@ def write_pairs(rows: list[dict], folder: Path, about: dict) -> Path:
     return file
 
 # %% ../../nbs/42_data.pairs.ipynb #report
-def report(rows: list[dict], folder: Path, delta: float = 0.6) -> Path:
-    "The distributions of Figure 8 and some retrieved pairs, as report.png in `folder`."
+def report(rows: list[dict], folder: Path, matched: str = "retrieved", delta: float = 0.6) -> Path:
+    "The distributions of Figure 8 and some pairs of the kind `matched`, as report.png in `folder`."
     from matplotlib.figure import Figure
     from PIL import Image
     fig = Figure(figsize=(11, 5.4), dpi=80, layout="constrained")
     top, below = fig.subfigures(2, 1, height_ratios=(3, 2))
     axes = top.subplots(1, 4)
-    kinds = {k: [r for r in rows if r["kind"] == k] for k in ("aligned", "retrieved")}
+    kinds = {k: [r for r in rows if r["kind"] == k] for k in ("aligned", matched)}
     own = {"understanding": "caption", "generation": "question"}
     axes[0].bar(list(own), [sum(r["written"] == w for r in kinds["aligned"]) for w in own.values()], color=["#4477aa", "#ee8866"])
     axes[0].set_title("aligned pairs by source", fontsize=9)
@@ -627,13 +644,13 @@ def report(rows: list[dict], folder: Path, delta: float = 0.6) -> Path:
         names, numbers = _classes(kinds[kind])
         ax.barh(names, numbers, color="#777777"); ax.invert_yaxis()
         ax.set_title(f"{len(kinds[kind])} {kind} pairs by class", fontsize=9)
-    axes[3].hist([r["similarity"] for r in kinds["retrieved"]], 30, color="#44aa77")
+    axes[3].hist([r["similarity"] for r in kinds[matched]], 30, color="#44aa77")
     axes[3].axvline(delta, color="black", lw=0.8, ls=":")
-    axes[3].set_title("similarity of retrieved pairs", fontsize=9)
+    axes[3].set_title(f"similarity of {matched} pairs", fontsize=9)
     for ax in axes: ax.tick_params(labelsize=7)
-    some = sorted(kinds["retrieved"], key=lambda r: -r["similarity"])
+    some = sorted(kinds[matched], key=lambda r: -r["similarity"])
     some = [some[i] for i in np.linspace(0, len(some) - 1, min(6, len(some))).astype(int)]
-    below.suptitle("retrieved pairs: asked about, to draw" if some else "no retrieved pairs", fontsize=9)
+    below.suptitle(f"{matched} pairs: asked about, to draw" if some else f"no {matched} pairs", fontsize=9)
     for ax, (r, side) in zip(below.subplots(1, max(2 * len(some), 1), squeeze=False)[0], [(r, s) for r in some for s in ("und", "gen")]):
         with Image.open(folder/r[f"{side}_image"]) as im: ax.imshow(np.asarray(im.convert("RGB").resize((96, 96))))
         ax.set_title(f"{r['similarity']:.2f}" if side == "und" else "", fontsize=7)
@@ -683,13 +700,13 @@ def build_pairs(
     pairs, failed = make_pairs(gallery, ask, settings, track)
     files = {i: save_picture(gallery.prompts[i], gallery.digests[i], out) for p in pairs for i in (p.und, p.gen)}
     rows = [pair_row(p, gallery, files, sources) for p in pairs]
-    found = [p.similarity for p in pairs if p.kind == "retrieved"]
+    found = [p.similarity for p in pairs if p.kind != "aligned"]
     summary = dict(understanding=int(gallery.asks_N.sum()), generation=int((~gallery.asks_N).sum()), bad_rows=len(bad_rows), unreadable=len(gallery.skipped),
-                   duplicates=len(gallery.duplicates), aligned=len(pairs) - len(found), retrieved=len(found), not_augmented=len(failed),
+                   duplicates=len(gallery.duplicates), **{k: sum(p.kind == k for p in pairs) for k in KINDS}, not_augmented=len(failed),
                    similarity=[round(float(q), 4) for q in np.quantile(found, (0, 0.5, 1))] if found else [])
     about = dict(encoder=encoder, augmenter=augment.name, sources=list(sources), settings=asdict(settings), summary=summary)
     write_pairs(rows, out, about)
-    report(rows, out, settings.delta)
+    report(rows, out, MATCHES[settings.match][0], settings.delta)
     left_out = dict(bad_rows=list(bad_rows), unreadable=gallery.skipped, duplicates=gallery.duplicates, not_augmented=failed)
     (out/"summary.json").write_text(json.dumps(about | dict(left_out=left_out), indent=1) + "\n", encoding="utf-8")
     return summary

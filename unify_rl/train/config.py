@@ -31,6 +31,7 @@ class DataConfig:
     max_pixels: int = 16777216                  # a picture with more pixels is not decoded, and its row does not fit
     columns: dict[str, str] = field(default_factory=dict)     # our fields by the names the data has for them, e.g. {text: caption}
     order: Literal["mixed", "alternate", "pairs"] = "mixed"    # each step has all tasks in their shares, or one task at a time in turn, or whole pairs
+    weighted: bool = True                       # prompts' own weights multiply their advantages (pair weights); false: every weight is 1
     questions: Literal["all", "choice", "open"] = "all"        # which questions: all, those of multiple choice, or the others
     given: dict[str, Any] = field(default_factory=dict)       # rollout.outputs=given: how they are made, e.g. {wrong: 0} for shapes
 

@@ -16,8 +16,8 @@ from .scenes import COLORS, PLACES, RELATIONS, SHAPES, Thing, World, place, rand
 
 # %% auto #0
 __all__ = ['CATEGORIES', 'NUMBERS', 'OPENINGS', 'ENDINGS', 'TEMPLATES', 'SHAPE_CLUES', 'COLOR_CLUES', 'NUMBER_CLUES', 'RIDDLES',
-           'EDITS', 'combinations', 'is_held_out', 'split_combinations', 'phrase', 'constraints', 'scene_for',
-           'key_phrases', 'draw_prompt', 'draw_prompts', 'riddle_prompt', 'riddle_prompts', 'edit_prompt',
+           'EDITS', 'combinations', 'is_held_out', 'split_combinations', 'a_or_an', 'plural', 'phrase', 'constraints',
+           'scene_for', 'key_phrases', 'draw_prompt', 'draw_prompts', 'riddle_prompt', 'riddle_prompts', 'edit_prompt',
            'edit_prompts', 'captioned', 'with_references']
 
 # %% ../../nbs/06_world.prompts.ipynb #combos
@@ -68,17 +68,23 @@ OPENINGS = ("a photo of", "a picture of", "an image of", "a drawing of", "a sket
 ENDINGS = ("", " on white paper", " in a simple style")
 TEMPLATES = tuple(o + " {}" + e for o, e in product(OPENINGS, ENDINGS))
 
-def _an(words: str) -> str: return ("an " if words[0] in "aeiou" else "a ") + words
+def a_or_an(words: str) -> str:
+    "With its article: 'an orange circle'."
+    return ("an " if words[0] in "aeiou" else "a ") + words
+
+def plural(noun: str) -> str:
+    "More than one: 'circles', 'crosses'."
+    return noun + ("es" if noun.endswith("s") else "s")
 
 def phrase(category: str, c: tuple) -> str:
     "A drawing combination in English, e.g. ('red', 'circle') -> 'a red circle'."
-    if category == "single_object": return f"{_an(c[0])} in the {c[1]}"
-    if category == "two_objects": return f"{_an(c[0] + ' ' + c[1])} and {_an(c[2])}"
-    if category == "counting" and c[0] == 1: return _an(f"{c[1]} {c[2]}")
-    if category == "counting": return f"{NUMBERS[c[0]]} {c[1]} {c[2]}{'es' if c[2] == 'cross' else 's'}"
-    if category == "colors": return f"{_an(c[0] + ' ' + c[1])} in the {c[2]}"
-    if category == "position": return f"{_an(c[0])} {c[1]} {_an(c[2])}"
-    if category == "color_attribution": return f"{_an(c[0] + ' ' + c[1])} and {_an(c[2] + ' ' + c[3])}"
+    if category == "single_object": return f"{a_or_an(c[0])} in the {c[1]}"
+    if category == "two_objects": return f"{a_or_an(c[0] + ' ' + c[1])} and {a_or_an(c[2])}"
+    if category == "counting" and c[0] == 1: return a_or_an(f"{c[1]} {c[2]}")
+    if category == "counting": return f"{NUMBERS[c[0]]} {c[1]} {plural(c[2])}"
+    if category == "colors": return f"{a_or_an(c[0] + ' ' + c[1])} in the {c[2]}"
+    if category == "position": return f"{a_or_an(c[0])} {c[1]} {a_or_an(c[2])}"
+    if category == "color_attribution": return f"{a_or_an(c[0] + ' ' + c[1])} and {a_or_an(c[2] + ' ' + c[3])}"
     raise UserError(f"category {category!r} has no drawing phrase. {nearest(category, CATEGORIES)}")
 
 # %% ../../nbs/06_world.prompts.ipynb #constraints
@@ -165,12 +171,12 @@ RIDDLES = ("shape_riddle", "color_riddle", "number_riddle")
 def riddle_prompt(category: str, c: tuple, clue: int, template: int) -> Prompt:
     "A drawing task whose shape, color or number must be worked out."
     if category == "shape_riddle":
-        plain, text = ("counting", (1, *c)), _an(f"{c[0]} {SHAPE_CLUES[c[1]][clue]}")
+        plain, text = ("counting", (1, *c)), a_or_an(f"{c[0]} {SHAPE_CLUES[c[1]][clue]}")
     elif category == "color_riddle":
         plain, text = ("counting", (1, *c[::-1])), f"a {c[0]} in the color of {COLOR_CLUES[c[1]][clue]}"
     else:
         plain = ("counting", (c[0], c[2], c[1]))
-        text = f"as many {c[2]} {c[1]}{'es' if c[1] == 'cross' else 's'} as {NUMBER_CLUES[c[0]][clue]}"
+        text = f"as many {c[2]} {plural(c[1])} as {NUMBER_CLUES[c[0]][clue]}"
     return Prompt(f"{category}/{'-'.join(map(str, c))}/{clue}/{template}", "generate", TEMPLATES[template].format(text), category=category,
                   constraints=constraints(*plain), key_phrases=key_phrases(*plain),
                   fact=f"the picture shows {phrase(*plain)} and nothing else", meta=dict(combination=c, plain=plain))
@@ -193,9 +199,9 @@ def edit_prompt(
     "An edit: source picture, instruction, target constraints, what must stay, and a reference."
     target, made, words = {
         "recolor": lambda: ((c[0], c[1]), (c[0], c[2]), f"make the {c[1]} {c[0]} {c[2]}"),
-        "reshape": lambda: ((c[1], c[0]), (c[2], c[0]), f"turn the {c[0]} {c[1]} into {_an(c[2])}"),
+        "reshape": lambda: ((c[1], c[0]), (c[2], c[0]), f"turn the {c[0]} {c[1]} into {a_or_an(c[2])}"),
         "remove": lambda: ((c[0], c[1]), None, f"remove the {c[1]} {c[0]}"),
-        "add": lambda: (None, (c[1], c[0]), f"add {_an(c[0])} {c[1]}"),
+        "add": lambda: (None, (c[1], c[0]), f"add {a_or_an(c[0])} {c[1]}"),
     }[category]()
     others = [(s, k) for s in SHAPES for k in COLORS if (s, k) not in (target, made) and (made is None or k != made[1])]
     bystanders = [others[i] for i in rng.choice(len(others), rng.integers(1, world.max_objects - 1), replace=False)]

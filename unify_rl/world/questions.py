@@ -12,13 +12,13 @@ from itertools import product
 import numpy as np
 
 from ..core import Prompt, UserError, nearest, rng_for
-from .prompts import TEMPLATES, _an, combinations, draw_prompt, is_held_out
+from .prompts import TEMPLATES, a_or_an, combinations, draw_prompt, is_held_out, plural
 from .scenes import COLORS, RELATIONS, SHAPES, World, place, random_scene, relations, render
 
 # %% auto #0
-__all__ = ['KINDS', 'POPULAR', 'INSTRUCTION', 'REPLIES', 'question_combinations', 'question_scene', 'question_prompt',
-           'question_prompts', 'captions_of', 'joint_prompt', 'joint_prompts', 'describe', 'relevant', 'working',
-           'reply']
+__all__ = ['KINDS', 'POPULAR', 'WORDS', 'OPTIONS', 'INSTRUCTION', 'REPLIES', 'question_combinations', 'question_text',
+           'question_scene', 'pose', 'question_prompt', 'question_prompts', 'captions_of', 'joint_prompt',
+           'joint_prompts', 'describe', 'relevant', 'working', 'reply']
 
 # %% ../../nbs/07_world.questions.ipynb #combos
 KINDS = ("existence", "count", "color", "shape", "relation", "compare")
@@ -33,6 +33,23 @@ def question_combinations(kind: str, split: str, max_objects: int = 4) -> list:
     keep = lambda c: kind != "compare" or (c[0] != c[1] and c[2] <= c[3])
     return [c for c in product(*axes[kind]) if keep(c) and is_held_out(c) == (split == "test")]
 
+# %% ../../nbs/07_world.questions.ipynb #words
+WORDS = dict(
+    existence=lambda color, shape: f"is there {a_or_an(f'{color} {shape}')}?",
+    count=lambda color, shape: f"how many {color} {plural(shape)} are there?",
+    color=lambda shape: f"what color is the {shape}?",
+    shape=lambda color: f"what shape is the {color} thing?",
+    relation=lambda one, other: f"where is the {one}, seen from the {other}?",
+    compare=lambda many, few: f"how many more {plural(many)} than {plural(few)} are there?")
+OPTIONS = dict(existence=(), count=tuple("01234"), color=tuple(COLORS), shape=tuple(SHAPES), relation=tuple(RELATIONS), compare=tuple("0123"))
+
+def question_text(
+    kind: str,          # one of KINDS
+    *about: str,        # what it is about, e.g. a color and a shape
+) -> str:
+    "A question in words."
+    return WORDS[kind](*about)
+
 # %% ../../nbs/07_world.questions.ipynb #scene
 def _pick(rng, options): return options[int(rng.integers(len(options)))]
 
@@ -43,38 +60,37 @@ def _existence(c, rng):
     if how == "popular": shape, color = _pick(rng, [k for k in POPULAR if is_held_out((*k, things)) == is_held_out(c)] or [(shape, color)])
     near = [(shape, _pick(rng, [k for k in COLORS if k != color])), (_pick(rng, [s for s in SHAPES if s != shape]), color)]
     need = [(shape, color)] if yes else near[:things] if how == "adversarial" else []
-    return need, lambda s, k: (s, k) == (shape, color), things, f"is there {_an(color + ' ' + shape)}?", "yes" if yes else "no", (), how
+    return need, lambda s, k: (s, k) == (shape, color), things, question_text("existence", color, shape), "yes" if yes else "no", how
 
 def _count(c, rng):
     n, color, shape = c
-    return [(shape, color)] * n, lambda s, k: (s, k) == (shape, color), None, f"how many {color} {_plural(shape)} are there?", str(n), [str(i) for i in range(5)], ""
+    return [(shape, color)] * n, lambda s, k: (s, k) == (shape, color), None, question_text("count", color, shape), str(n), ""
 
 def _color(c, rng):
     shape, color, things = c
-    return [(shape, color)], lambda s, k: s == shape, things, f"what color is the {shape}?", color, list(COLORS), ""
+    return [(shape, color)], lambda s, k: s == shape, things, question_text("color", shape), color, ""
 
 def _shape(c, rng):
     color, shape, things = c
-    return [(shape, color)], lambda s, k: k == color, things, f"what shape is the {color} thing?", shape, list(SHAPES), ""
+    return [(shape, color)], lambda s, k: k == color, things, question_text("shape", color), shape, ""
 
 def _relation(c, rng):
     a, relation, b, things = c
     ca, cb = rng.choice(list(COLORS), 2, replace=False)
-    return [(a, ca), (b, cb)], lambda s, k: (s, k) in ((a, ca), (b, cb)), things, f"where is the {ca} {a}, seen from the {cb} {b}?", relation, list(RELATIONS), ""
+    return [(a, ca), (b, cb)], lambda s, k: (s, k) in ((a, ca), (b, cb)), things, question_text("relation", f"{ca} {a}", f"{cb} {b}"), relation, ""
 
 def _compare(c, rng):
     a, b, more, things = c
     fewer = int(rng.integers(0, (things - more) // 2 + 1))
     need = [(a, _pick(rng, list(COLORS))) for _ in range(fewer + more)] + [(b, _pick(rng, list(COLORS))) for _ in range(fewer)]
-    return need, lambda s, k: s in (a, b), things, f"how many more {_plural(a)} than {_plural(b)} are there?", str(more), [str(i) for i in range(4)], ""
+    return need, lambda s, k: s in (a, b), things, question_text("compare", a, b), str(more), ""
 
-def _plural(shape): return shape + ("es" if shape == "cross" else "s")
 _ASK = dict(existence=_existence, count=_count, color=_color, shape=_shape, relation=_relation, compare=_compare)
 
 def question_scene(kind: str, c: tuple, world: World, rng: np.random.Generator) -> tuple:
-    "A scene and question with the combination's answer: (scene, question, answer, wrong answers, kind of negative)."
+    "A scene and question with the combination's answer: (scene, question, answer, kind of negative)."
     for _ in range(100):
-        need, forbidden, things, question, answer, options, how = _ASK[kind](c, rng)
+        need, forbidden, things, question, answer, how = _ASK[kind](c, rng)
         others = [(s, k) for s in SHAPES for k in COLORS if not forbidden(s, k)]
         w = np.array([3.0 if o in POPULAR else 1.0 for o in others])
         extra = things - len(need) if things else int(rng.integers(0 if need else 1, max(world.max_objects - len(need), 0) + 1))
@@ -82,22 +98,32 @@ def question_scene(kind: str, c: tuple, world: World, rng: np.random.Generator) 
         try: scene = random_scene(world, rng, kinds=kinds)
         except UserError: continue                                   # does not fit: draw other bystanders
         if kind == "relation" and relations(scene[0].box(world), scene[1].box(world)) != {c[1]}: continue
-        return scene, question, answer, [o for o in options if o != answer], how
+        return scene, question, answer, how
     raise UserError(f"no scene for the {kind!r} question {c}: enlarge world.size")
 
 # %% ../../nbs/07_world.questions.ipynb #prompt
 INSTRUCTION = "think first, then answer."
 
-def question_prompt(kind: str, c: tuple, world: World, rng: np.random.Generator, index: int = 0) -> Prompt:
-    "One question about one picture, as multiple choice or open-ended."
-    scene, question, answer, wrong, how = question_scene(kind, c, world, rng)
-    choices, text = (), question
+def pose(
+    kind: str,                      # one of KINDS
+    question: str,
+    answer: str,
+    rng: np.random.Generator,
+) -> tuple:                         # (text, choices, answer, which is then a letter if there are choices)
+    "A question as it is put to a policy: half of those that have options as multiple choice, of four at most."
+    wrong, choices = [o for o in OPTIONS[kind] if o != answer], ()
     if wrong and rng.random() < 0.5:
         options = [answer] + list(rng.permutation(wrong)[:3])
         choices = tuple(str(options[i]) for i in rng.permutation(len(options)))
-        text += "".join(f" {letter}. {o}" for letter, o in zip("ABCD", choices))
+        question += "".join(f" {letter}. {o}" for letter, o in zip("ABCD", choices))
         answer = "ABCD"[choices.index(answer)]
-    return Prompt(f"{kind}/{'-'.join(map(str, c))}/{index}".replace(" ", "_"), "answer", f"{text} {INSTRUCTION}", category=kind, image=render(scene, world),
+    return f"{question} {INSTRUCTION}", choices, answer
+
+def question_prompt(kind: str, c: tuple, world: World, rng: np.random.Generator, index: int = 0) -> Prompt:
+    "One question about one picture, as multiple choice or open-ended."
+    scene, question, answer, how = question_scene(kind, c, world, rng)
+    text, choices, answer = pose(kind, question, answer, rng)
+    return Prompt(f"{kind}/{'-'.join(map(str, c))}/{index}".replace(" ", "_"), "answer", text, category=kind, image=render(scene, world),
                   answer=answer, choices=choices, fact=f"{question} {answer}", meta=dict(combination=c, scene=scene, negative=how))
 
 def question_prompts(split: str, n: int, world: World = World(), seed: int = 0, kinds: tuple = KINDS) -> list:
