@@ -77,7 +77,7 @@ what it writes into DIR
 
 examples
   unify_rl pairs build
-  unify_rl train grpo data.source=pairs data.path=runs/pairs-shapes
+  unify_rl train pairuni data.path=runs/pairs-shapes
   unify_rl pairs build --und parquet:data/questions --gen webdataset:data/blip3o --out runs/pairs-mine \\
       --encoder torchvision:resnet50 --augment http://localhost:8000/v1 --model qwen2.5-vl
 """
@@ -244,7 +244,7 @@ def pairs(args) -> None:
             raise KeyboardInterrupt("interrupted; the same command continues where it was stopped") from None
     screen.say(pairs_table(done))
     out = shlex.quote(args.out)
-    screen.say(f"pairs   {args.out}/pairs.parquet\nreport  {args.out}/report.png\nnext    unify_rl train grpo data.source=pairs data.path={out}")
+    screen.say(f"pairs   {args.out}/pairs.parquet\nreport  {args.out}/report.png\nnext    unify_rl train pairuni data.path={out}")
 
 def read_sides(args, track: Callable) -> tuple:
     "(understanding, generation, messages of rows that do not fit)."
