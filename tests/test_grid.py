@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 
 import unify_rl.run as R
 from unify_rl.cli import main
-from unify_rl.core import UserError
+from unify_rl.core import UserError, generator_for
 from unify_rl.data import stream
 from unify_rl.data.pairs import build_pairs, shapes_asked, shapes_drawn
 from unify_rl.policies.dimoo import new_dimoo
-from unify_rl.policies.load import FAMILIES, find_policy, policies
+from unify_rl.policies.load import FAMILIES, find_policy, load_policy, policies
 from unify_rl.rewards.verifiable import build_rewards
 from unify_rl.run import train
 from unify_rl.train.config import _recipe_folder, load_config, read_layer, recipes
@@ -86,6 +86,16 @@ def test_a_recipe_trains_a_policy(recipe, policy, policy_of, pairs, tmp_path):
     alive = any(m["groups/dead"] < 1 for m in metrics)
     assert alive or policy not in policies()                      # random weights may earn nothing at all
     assert not alive or any((before[k] != after[k]).any() for k in before)
+
+@pytest.mark.parametrize("recipe", ["pairuni", "vanilla-mixed"])
+def test_the_papers_numbers_for_lumina_dimoo(recipe, policy_of):
+    "PairUni, appendix B.1; a small one can do with them what the large one will."
+    cfg = load_config(recipe, "Alpha-VLLM/Lumina-DiMOO")
+    r, small = cfg.rollout, load_policy(policy_of("tiny-dimoo"))
+    assert (r.group_size, r.drawing["text_steps"], r.drawing["steps"], r.cfg, cfg.objective.beta) == (2, 2, 35, 5.0, 0.0)
+    assert r.max_text <= small.drawing.block                        # one block, or the steps of a text were more
+    out = small.sample([*shapes_drawn(1), *shapes_asked(1)], r.group_size, generator_for("test"), cfg=r.cfg, max_text=8, **r.drawing)
+    assert [(p.settings["steps"], p.mask.any().item(), small(p).isfinite().all().item()) for p in out.parts] == [(35, True, True), (2, True, True)]
 
 
 # -- what does not fit is said at once -----------------------------------------------------------------------------
