@@ -391,7 +391,7 @@ class DimooPolicy(Policy):
     def _draws(self, part) -> tuple[MaskDraws, Tensor]:
         "What is hidden and scored of prompt and output together [b, n, K, P + T], the same for all rows of a group; and the tokens [b, P + T]."
         s, prompt, (tokens, order) = part.settings, part.context["mask"][part.context_index], part.actions.unbind(-1)
-        counts = torch.ones_like(tokens, dtype=torch.bool) if s.get("padded") else self._counts(part.kind, tokens)     # where to end is learned from the padding
+        counts = self._counts(part.kind, tokens)
         wide = lambda x, v: F.pad(x, (prompt.shape[1], 0), value=v)
         draws = mask_draws(s["estimator"], wide(counts, False), s["seed"], part.rows // s["group_size"], s["draws"], s["low"], s["high"],
                            F.pad(prompt, (0, tokens.shape[1])), order_BL=wide(order.masked_fill(~counts, -1), -1), steps=s["steps"], visits=s["visits"])
@@ -415,7 +415,7 @@ class DimooPolicy(Policy):
 
     @torch.no_grad()
     def encode(self, prompts, texts, images):
-        "Given pictures (codes) and texts as actions, a text with the ends that pad it; they have no order, so `trajectory` cannot score them."
+        "Given pictures (codes) and texts as actions; they have no order, so `trajectory` cannot score them."
         self.check_tasks(prompts)
         out, seed, jobs = Rollout(prompts, 1, [], list(texts), list(images)), int(torch.randint(2**62, ())), {}
         codes = dict(zip([i for i, im in enumerate(images) if im is not None], self.encode_images([im for im in images if im is not None])))
@@ -430,7 +430,7 @@ class DimooPolicy(Policy):
             if kind == "image": tokens = torch.stack([codes[i].flatten() for i in which])
             else: tokens = torch.tensor([words[i] + [self.ids.eos] * (size[0] - len(words[i])) for i in which], device=self.device)
             out.parts.append(self._part(kind, rows, tokens, torch.full_like(tokens, -1), context, torch.arange(len(which), device=self.device), d,
-                                        dict(size=size, seed=seed, group_size=1, temperature=1.0, cfg=1.0, steps=0, padded=True)))
+                                        dict(size=size, seed=seed, group_size=1, temperature=1.0, cfg=1.0, steps=0)))
         return out
 
     def _counts(self, kind: str, tokens_bT: Tensor) -> Tensor:
