@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 
 from .core import Prompt, UserError, seed_for
-from .data.stream import PromptStream, Reading, dict_count, load_prompts, only_questions
+from .data.stream import PromptStream, Reading, check_source, dict_count, load_prompts, only_questions
 from .evaluate.suites import Result, compare, evaluate, load_suite, table
 from .inspect.report import summary_table, write_report
 from .policies.base import Policy
@@ -276,12 +276,17 @@ def _load_rewards(cfg: Config, rewards: list | None) -> tuple:
     if not rewards: raise UserError("rewards=[] leaves nothing to learn from; give one, or leave it out for the recipe's")
     return [r for r, _ in _pairs(rewards)], torch.tensor([w for _, w in _pairs(rewards)], dtype=torch.float64)
 
+def _check_data(cfg: Config, prompts: list | None) -> None:
+    "Refuse data that are not there."
+    if prompts is not None: return
+    if cfg.data.source.startswith("given-"):
+        raise UserError("this run was started with prompts=[...] from Python; give the same ones to continue it")
+    check_source(cfg.data.source, cfg.data.split, cfg.data.path)
+
 def _load_prompts(cfg: Config, prompts: list | None, screen: Screen) -> tuple[list[Prompt], Reading]:
     "The prompts, and what was read and left out on the way."
     reading = Reading(cfg.data.on_bad_row, cfg.data.max_pixels, cfg.data.columns)
     if prompts is not None: return prompts, reading
-    if cfg.data.source.startswith("given-"):
-        raise UserError("this run was started with prompts=[...] from Python; give the same ones to continue it")
     tasks = tuple(t for t, share in cfg.data.tasks.items() if share > 0)
     with screen.bar("reading the data") as reading.track:
         found = load_prompts(cfg.data.source, cfg.data.split, tasks, cfg.data.path, reading)
@@ -302,6 +307,7 @@ def _prepare(cfg: Config, resume: bool, prompts: list | None, rewards: list | No
     "Everything a run needs, checked; the run folder is made last."
     if cfg.threads: torch.set_num_threads(cfg.threads)
     torch.manual_seed(seed_for(cfg.seed, "run"))
+    _check_data(cfg, prompts)
     for name in cfg.evaluate.suites: load_suite(name, cfg.evaluate.prompts)
     reward_list, weights_R = _load_rewards(cfg, rewards)
     found, reading = _load_prompts(cfg, prompts, screen)

@@ -9,6 +9,7 @@ import io
 import json
 import math
 import re
+import shlex
 import tarfile
 from dataclasses import dataclass
 from functools import lru_cache
@@ -322,9 +323,10 @@ class Reader:
     kinds: tuple                    # suffixes
     schema: dict                    # task -> our field -> column
     form: str = ""                  # 'MC': multiple choice; '': the row says
+    make: str = ""                  # the command that makes such data, if there is one
 
     def __call__(self, split: str, tasks: tuple, path: str, reading: Reading) -> list[Prompt]:
-        root, files = files_of(path, split, self.kinds)
+        root, files = self.files(split, path)
         for f in reading.columns:
             if f not in FIELDS: raise UserError(f"data.columns.{f}: unknown field. {nearest(f, FIELDS)}")
         prompts, seen = [], {}
@@ -339,6 +341,13 @@ class Reader:
         if reading.skipped and not prompts:
             raise UserError(f"data.path: none of the {reading.rows} rows in {root} fits. The first: {reading.skipped[0]}")
         return prompts
+
+    def files(self, split: str, path: str) -> tuple[Path, list]:
+        "`files_of` its kinds; if there are none, the error says how they are made."
+        try: return files_of(path, split, self.kinds)
+        except UserError as e:
+            if not self.make: raise
+            raise UserError(f"{e}. Such data are made by: {self.make} --out {shlex.quote(path or 'DIR')}") from None
 
     def rows(self, file: Path, reading: Reading) -> Iterator[tuple]:
         "The rows of a file, or a `UserError` if the file itself is broken."
@@ -416,4 +425,4 @@ ALL = (".arrow", ".parquet", ".jsonl", ".tar")
 SOURCES: dict[str, Reader] = dict(
     jsonl=Reader((".jsonl",), PLAIN), parquet=Reader((".parquet",), PLAIN), webdataset=Reader((".tar",), PLAIN),
     huggingface=Reader((".arrow", ".parquet"), PLAIN), x2x_rft_22k=Reader(ALL, X2X), x2x_rft_16k=Reader(ALL, X2X),
-    mcot_r1_mcq=Reader(ALL, MCOT, "MC"), mcot_r1_vqa=Reader(ALL, MCOT), pairs=Reader((".parquet",), PAIRS))
+    mcot_r1_mcq=Reader(ALL, MCOT, "MC"), mcot_r1_vqa=Reader(ALL, MCOT), pairs=Reader((".parquet",), PAIRS, make="unify_rl pairs build"))

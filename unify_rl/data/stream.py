@@ -20,7 +20,7 @@ from ..world.scenes import World, render_batch
 
 # %% auto #0
 __all__ = ['SOURCES', 'MODULES', 'OUTPUTS', 'PromptStream', 'couples', 'dict_count', 'shapes_prompts', 'only_questions',
-           'Reading', 'load_prompts', 'shapes_outputs', 'own_outputs', 'load_outputs']
+           'Reading', 'check_source', 'load_prompts', 'shapes_outputs', 'own_outputs', 'load_outputs']
 
 # %% ../../nbs/40_data.stream.ipynb #stream
 class PromptStream:
@@ -123,6 +123,11 @@ SOURCES: dict[str, Callable] = {"shapes": shapes_prompts}       # name -> (split
 MODULES = {name: "unify_rl.data.readers" for name in ("jsonl", "parquet", "webdataset", "huggingface", "x2x_rft_22k",
                                                       "x2x_rft_16k", "mcot_r1_mcq", "mcot_r1_vqa", "pairs")}
 
+def check_source(source: str, split: str, path: str = "") -> None:
+    "Refuse a source that does not exist, or whose files are not there; nothing is read."
+    if source not in (known := [*SOURCES, *MODULES]): raise UserError(f"unknown data source {source!r}. {nearest(source, known)}")
+    if source in MODULES: import_module(MODULES[source]).SOURCES[source].files(split, path)
+
 def load_prompts(
     source: str,                        # a name in SOURCES or MODULES
     split: str,                         # 'train' or 'test'
@@ -131,7 +136,7 @@ def load_prompts(
     reading: Reading | None = None,     # how they are read
 ) -> list[Prompt]:
     "The prompts of a source; readers of files are imported when they are asked for."
-    if source not in (known := [*SOURCES, *MODULES]): raise UserError(f"unknown data source {source!r}. {nearest(source, known)}")
+    check_source(source, split, path)
     if source in SOURCES: return SOURCES[source](split, tasks, path)
     return import_module(MODULES[source]).SOURCES[source](split, tasks, path, reading or Reading())
 
