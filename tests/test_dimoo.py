@@ -123,9 +123,19 @@ def test_guided_scores_are_of_guided_logits(policy):
 def test_an_answer_ends_where_it_ends(policy):
     i = policy.ids
     tokens = torch.tensor([[30, i.eos, 31, i.eos], [30, 31, 32, 33]])
-    assert policy._counts("text", tokens).tolist() == [[True, True, False, False], [True] * 4]
+    assert policy._read(tokens).tolist() == [[True, True, False, False], [True] * 4]
     out = policy.encode(PROMPTS[2:4], ["a", "a b c"], [None, None])
     assert out.parts[0].actions[0, :, 0].tolist()[1:] == [i.eos] * 3 and out.parts[0].mask.shape == (2, 2 * 4)
+
+def test_no_place_of_an_answer_tells_its_length(policy):
+    "What comes after the end is hidden like the rest: else a visible end would tell how long the answer is, which a sampler cannot know."
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        part = policy.encode(PROMPTS[2:4], ["a", "a b c"], [None, None]).parts[0]
+    part.settings |= dict(low=1.0, high=1.0, draws=1)
+    draws, _ = policy._draws(part)
+    P = part.context["ids"].shape[1]
+    assert draws.hidden_BnKL[..., P:].all() and draws.scored_BnKL[..., P:].all()
 
 
 def test_what_cannot_be_drawn_is_not(policy):

@@ -391,10 +391,9 @@ class DimooPolicy(Policy):
     def _draws(self, part) -> tuple[MaskDraws, Tensor]:
         "What is hidden and scored of prompt and output together [b, n, K, P + T], the same for all rows of a group; and the tokens [b, P + T]."
         s, prompt, (tokens, order) = part.settings, part.context["mask"][part.context_index], part.actions.unbind(-1)
-        counts = self._counts(part.kind, tokens)
         wide = lambda x, v: F.pad(x, (prompt.shape[1], 0), value=v)
-        draws = mask_draws(s["estimator"], wide(counts, False), s["seed"], part.rows // s["group_size"], s["draws"], s["low"], s["high"],
-                           F.pad(prompt, (0, tokens.shape[1])), order_BL=wide(order.masked_fill(~counts, -1), -1), steps=s["steps"], visits=s["visits"])
+        draws = mask_draws(s["estimator"], wide(torch.ones_like(tokens, dtype=torch.bool), False), s["seed"], part.rows // s["group_size"], s["draws"], s["low"], s["high"],
+                           F.pad(prompt, (0, tokens.shape[1])), order_BL=wide(order, -1), steps=s["steps"], visits=s["visits"])
         return draws, wide(tokens, 0)
 
     def _own(self, part, x_bN: Tensor) -> Tensor:
@@ -415,7 +414,7 @@ class DimooPolicy(Policy):
 
     @torch.no_grad()
     def encode(self, prompts, texts, images):
-        "Given pictures (codes) and texts as actions; they have no order, so `trajectory` cannot score them."
+        "Given pictures (codes) and texts, padded with ends, as actions; they have no order, so `trajectory` cannot score them."
         self.check_tasks(prompts)
         out, seed, jobs = Rollout(prompts, 1, [], list(texts), list(images)), int(torch.randint(2**62, ())), {}
         codes = dict(zip([i for i, im in enumerate(images) if im is not None], self.encode_images([im for im in images if im is not None])))
@@ -433,13 +432,12 @@ class DimooPolicy(Policy):
                                         dict(size=size, seed=seed, group_size=1, temperature=1.0, cfg=1.0, steps=0)))
         return out
 
-    def _counts(self, kind: str, tokens_bT: Tensor) -> Tensor:
-        "[b, T] which places are the output: all of a picture, an answer up to its end."
-        if kind == "image": return torch.ones_like(tokens_bT, dtype=torch.bool)
+    def _read(self, tokens_bT: Tensor) -> Tensor:
+        "[b, T] what is read of an answer: up to its end."
         end = tokens_bT == self.ids.eos
         return (end.cumsum(1) - end.long()) == 0
 
     def _show(self, out: Rollout, kind: str, rows: list, tokens: Tensor, size: tuple) -> None:
         if kind == "image": seen = self.pictures(tokens, size)
-        else: seen = self.tokenizer.batch_decode([r[m] for r, m in zip(tokens, self._counts(kind, tokens))], skip_special_tokens=True)
+        else: seen = self.tokenizer.batch_decode([r[m] for r, m in zip(tokens, self._read(tokens))], skip_special_tokens=True)
         for b, x in zip(rows, seen): (out.images if kind == "image" else out.texts)[b] = x
