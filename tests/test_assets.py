@@ -205,3 +205,37 @@ def test_tiny_bagels_base_is_honest(bagel):
     qa = test("shapes-qa")
     chance = dict(existence=0.5, count=0.25, color=0.21, shape=0.25, relation=0.25, compare=0.25)
     assert all(v > chance[k] for k, v in qa.items()), qa
+
+
+# -- tiny-dimoo ------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def dimoo(): return unify_rl.load_policy("tiny-dimoo")
+
+
+def test_tiny_dimoo_is_what_it_writes(dimoo, tmp_path):
+    dimoo.save_pretrained(tmp_path)
+    files = {f.relative_to(ASSETS / "tiny-dimoo") for f in (ASSETS / "tiny-dimoo").rglob("*") if f.is_file()}
+    assert files == {f.relative_to(tmp_path) for f in tmp_path.rglob("*") if f.is_file()}
+    assert {f.suffix for f in files} == {".safetensors", ".json"}
+    for name in (f for f in files if f.suffix == ".safetensors"):
+        a, b = load_file(ASSETS / "tiny-dimoo" / name), load_file(tmp_path / name)
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("detect", [detect_templates, detect_components])
+def test_detectors_on_what_tiny_dimoos_codes_show(dimoo, detect):
+    scenes = [random_scene(World(), rng_for("decoded", i)) for i in range(400)]
+    codes = torch.stack(dimoo.encode_images(list(render_batch(scenes))))
+    shown = dimoo.pictures(codes.flatten(1), tuple(codes.shape[1:]))
+    assert np.mean([sees(f, s) for f, s in zip(detect(shown), scenes)]) >= 0.99
+
+
+@pytest.mark.parametrize("drawing", [dict(), dict(estimator="trajectory", visits=3)])
+def test_tiny_dimoo_is_on_policy(dimoo, mixed, drawing):
+    "The draws are part of the rollout: whoever asks again, in whichever pieces, is told the same."
+    rollout = dimoo.sample(mixed, 3, generator_for("ratio"), max_text=24, **dict(steps=6, text_steps=6) | drawing)
+    assert {p.kind for p in rollout.parts} == {"image", "text"}
+    for part in rollout.parts:
+        with torch.no_grad(): ratio = (dimoo(part) - torch.cat([dimoo(piece) for piece in part.split(7)])).exp()[part.mask]
+        assert (ratio - 1).abs().max() < 1e-4

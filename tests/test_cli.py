@@ -217,7 +217,7 @@ def test_eval_cannot_write(shell, tiny, tmp_path):
                          "--json", tmp_path/"file"/"s.json")
     assert code == 2 and "cannot write" in err
 
-@pytest.mark.parametrize("name", ["tiny-janus", "tiny-bagel"])
+@pytest.mark.parametrize("name", ["tiny-janus", "tiny-bagel", "tiny-dimoo"])
 def test_pretrain_passes_on_what_was_asked_and_says_where_the_model_is(shell, tmp_path, monkeypatch, name):
     import unify_rl.train.pretrain as P
     real = P.pretrain

@@ -128,7 +128,7 @@ def parser() -> Parser:
     v.add_argument("--json", metavar="FILE", help="also write the scores there")
 
     v = verb("pretrain", pretrain, "rebuild a shipped tiny model from its seed; run it again to continue")
-    v.add_argument("name", metavar="NAME", help="which model: tiny-janus, tiny-bagel, tiny-siglip, or tiny-dimoo, which does not ship yet")
+    v.add_argument("name", metavar="NAME", help="which model: tiny-janus, tiny-bagel, tiny-dimoo or tiny-siglip")
     v.add_argument("--seed", type=int, default=0, metavar="S", help="default: %(default)s")
     v.add_argument("--out", metavar="DIR", help="folder for the model; default: runs/NAME")
     v.add_argument("--steps", type=int, metavar="N", help="steps of the last stage; default: the recipe's")

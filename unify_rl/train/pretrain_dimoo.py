@@ -21,10 +21,11 @@ from ..world.prompts import captioned
 from ..world.scenes import World, render_batch
 
 # %% auto #0
-__all__ = ['TEACHING', 'blanked_batch']
+__all__ = ['TEACHING', 'DRAWING', 'blanked_batch']
 
 # %% ../../nbs/58_train.pretrain_dimoo.ipynb #batch
 TEACHING = dict(estimator="unigrpo", draws=1, low=0.02, high=1.0)      # how examples are hidden
+DRAWING = dict(steps=24, remask=4.5, text_steps=20)                     # how the shipped policy fills its blanks, if nobody says otherwise
 
 def blanked_batch(policy: DimooPolicy, world: World, rng: np.random.Generator, draws: int, asks: int, wrong: float = 0.3, terse: Callable = habit,
                   how: str = "focused", done: float = 1.0, dropped: float = 0.1, riddles: float = 0.2, edits: float = 0.2) -> list[Part]:
@@ -56,7 +57,7 @@ def _tiny_dimoo(out: Path, seed: int, work: Path, steps, vq_steps, stages, track
         pretrain_lm(policy, world, work / "questions", seed, more, 24, 40, 1.5e-3, 0.4, habit, "focused", name="questions", track=tell("questions", more),
                     batch=blanked_batch, frozen="vq")
     policy.load_state_dict(load_checkpoint(work / "questions")[1]["policy"], strict=False)
-    policy.drawing = drawing
+    policy.drawing = replace(drawing, **DRAWING)
     policy.save_pretrained(out)
     return out
 
