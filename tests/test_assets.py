@@ -213,6 +213,11 @@ def test_tiny_bagels_base_is_honest(bagel):
 def dimoo(): return unify_rl.load_policy("tiny-dimoo")
 
 
+def test_tiny_dimoo_draws_as_its_recipe_says(dimoo):
+    from unify_rl.train.pretrain_dimoo import DRAWING
+    assert {k: getattr(dimoo.drawing, k) for k in DRAWING} == DRAWING
+
+
 def test_tiny_dimoo_is_what_it_writes(dimoo, tmp_path):
     dimoo.save_pretrained(tmp_path)
     files = {f.relative_to(ASSETS / "tiny-dimoo") for f in (ASSETS / "tiny-dimoo").rglob("*") if f.is_file()}

@@ -17,7 +17,7 @@ from unify_rl.rewards.verifiable import build_rewards, score
 from unify_rl.train.config import load_config
 
 SDE = dict(estimator="sde", steps=10, same_start=True)
-DRAWINGS = {
+FLOW = {
     "forward, 4 draws": dict(estimator="forward", draws=4),
     "sde, 4 of the first 6 steps": dict(SDE, window=4, high=6),
     "sde, all 9 of the first 9": dict(SDE, window=9, high=9),
@@ -26,6 +26,16 @@ DRAWINGS = {
     "sde, step 4 alone": dict(SDE, window=1, low=4, high=5),
     "sde, step 7 alone": dict(SDE, window=1, low=7, high=8),
 }
+ANY_ORDER = dict(steps=12, remask=float("inf"))
+MASKED = {
+    "unigrpo": dict(ANY_ORDER, estimator="unigrpo"),
+    "coupled_grpo": dict(ANY_ORDER, estimator="coupled_grpo"),
+    "mask_grpo, 4 draws": dict(ANY_ORDER, estimator="mask_grpo", draws=4),
+    "mask_grpo, 2 draws": dict(ANY_ORDER, estimator="mask_grpo", draws=2),
+    "diffu_grpo": dict(ANY_ORDER, estimator="diffu_grpo"),
+    "trajectory": dict(ANY_ORDER, estimator="trajectory"),
+}
+DRAWINGS = dict(flow=FLOW, masked=MASKED)
 
 
 def gradient(policy, rewards, weights_R, prompts: list, group_size: int, drawing: dict, seed: int, options: dict) -> tuple:
@@ -47,6 +57,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     p.add_argument("--recipe", default="lvrpo", help="whose rewards (default: %(default)s)")
     p.add_argument("--policy", default="tiny-bagel")
+    p.add_argument("--drawings", choices=list(DRAWINGS), default="flow", help="ways of drawing, by mechanism (default: %(default)s)")
     p.add_argument("--prompts", type=int, default=32)
     p.add_argument("--group-size", type=int, default=8)
     p.add_argument("--repeats", type=int, default=6, help="independent rollouts of each way of drawing (default: %(default)s)")
@@ -59,7 +70,7 @@ def main() -> None:
     for r in rewards:
         if getattr(r, "attach", None): r.attach(policy)
     print(f"{a.prompts} prompts x {a.group_size} outputs, {a.repeats} rollouts each\n\n| drawing | cosine of two gradients (standard error) | deviation of rewards in a group |\n|---|---|---|")
-    for name, drawing in DRAWINGS.items():
+    for name, drawing in DRAWINGS[a.drawings].items():
         found = [gradient(policy, rewards, weights_R, stream.batch(0, a.prompts), a.group_size, drawing, seed, asdict(cfg.advantage)) for seed in range(a.repeats)]
         unit = [g / g.norm() for g, _ in found]
         cosines = [float(unit[i] @ unit[j]) for i, j in combinations(range(a.repeats), 2)]

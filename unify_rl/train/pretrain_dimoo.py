@@ -25,7 +25,7 @@ __all__ = ['TEACHING', 'DRAWING', 'blanked_batch']
 
 # %% ../../nbs/58_train.pretrain_dimoo.ipynb #batch
 TEACHING = dict(estimator="unigrpo", draws=1, low=0.02, high=1.0)      # how examples are hidden
-DRAWING = dict(steps=24, remask=4.5, text_steps=20)                     # how the shipped policy fills its blanks, if nobody says otherwise
+DRAWING = dict(steps=24, remask=4.5, text_steps=10)                     # how the shipped policy fills its blanks, if nobody says otherwise
 
 def blanked_batch(policy: DimooPolicy, world: World, rng: np.random.Generator, draws: int, asks: int, wrong: float = 0.3, terse: Callable = habit,
                   how: str = "focused", done: float = 1.0, dropped: float = 0.1, riddles: float = 0.2, edits: float = 0.2) -> list[Part]:
