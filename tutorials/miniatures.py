@@ -101,7 +101,8 @@ def main() -> None:
     found |= {k: spec[k] for k in ("recipe", "policy", "settings")} | {"base": {s: r.overall for s, r in before.items()}}
 
     for name in a.experiments or spec["experiments"]:
-        rows = found["experiments"][name] = {}
+        first, rows = {}, {}
+        found["experiments"][name] = rows
         for variant in spec["experiments"][name]:
             key, what = runs_of[name, variant]
             made = build(spec["pairs"][what["pairs"]], out / f"pairs-{what['pairs']}") if what["pairs"] else {}
@@ -115,10 +116,12 @@ def main() -> None:
                         if not path.exists(): policy = policy or run.policy()
                         after[s].append(kept(path, lambda: evaluate(policy, suites[s])))
                 changes = {s: paired_ci(before[s].values("correct"), np.stack([r.values("correct") for r in after[s]])) for s in suites}
+                first = first or after                              # the row that the others are compared with, prompt by prompt
+                beside = {s: paired_ci(np.mean([r.values("correct") for r in first[s]], 0), np.stack([r.values("correct") for r in after[s]])) for s in suites}
                 row = ": ".join(filter(None, (variant, stage)))
                 drawn = [curves(run) for run in runs]
                 rows[row] = dict(recipe=what["recipe"], settings=what["settings"], pairs=made, seeds=list(seeds), agreement=agreement(drawn), curves=drawn, suites={
-                    s: dict(after=[r.overall for r in after[s]], change=c.mean, ci95=[c.lo, c.hi]) for s, c in changes.items()})
+                    s: dict(after=[r.overall for r in after[s]], change=c.mean, ci95=[c.lo, c.hi], beside=[beside[s].mean, beside[s].lo, beside[s].hi]) for s, c in changes.items()})
                 picture = strip(runs[0]) if runs[0].steps else None
                 if picture: picture.save(HERE / "results" / f"{a.paper}-{name}-{row.replace(': ', '-').replace(' ', '_').replace('=', '')}.png")
                 results.write_text(json.dumps(found, indent=1) + "\n")
