@@ -68,11 +68,16 @@ class PromptStream:
         return spans | {list(self.shares)[-1]: tuple(left)}
 
     def batch(self, step: int, n: int, rank: int = 0, ranks: int = 1) -> list[Prompt]:
-        "The share of one process in the `n` prompts of `step`; the halves of a pair are never parted."
-        if self.order != "pairs": return [self._item(k, i) for k, (a, b) in self.counts(step, n).items() for i in range(a, b)][rank::ranks]
+        "The share of one process in the `n` prompts of `step`: each task is dealt out in turn, and the halves of a pair are never parted."
+        if self.order != "pairs": return [self._item(k, i) for j, (k, (a, b)) in enumerate(self.counts(step, n).items()) for i in range(a + (rank - j) % ranks, b, ranks)]
         m, size = n // len(self.shares), len(self.shares)
         if n % (size * ranks): raise UserError(f"rollout.prompts is {n}, but pairs of {size} prompts for {ranks} processes need a multiple of {size * ranks}")
         return [p for i in range(step * m + rank, (step + 1) * m, ranks) for p in self._item("pairs", i)]
+
+    def company(self, step: int, n: int, rank: int, ranks: int) -> list[Prompt]:
+        "A prompt of each task of `step` of which this process got none, for processes that must all do the same things."
+        mine = {p.task for p in self.batch(step, n, rank, ranks)}
+        return [self._item(k, a) for k, (a, b) in self.counts(step, n).items() if b > a and k not in mine] if self.order != "pairs" else []
 
 def couples(pools: dict) -> list[tuple]:
     "Prompts of several tasks, put together by `pair_id`; each pair needs one prompt of each task."

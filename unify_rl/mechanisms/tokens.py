@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Callable
+from typing import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from ..core import UserError
 
 # %% auto #0
 __all__ = ['guide', 'shape_logits', 'Prefix', 'run_layers', 'encode_prefix', 'extend', 'lengthen', 'token_logp', 'states_before',
-           'Sampled', 'sample_tokens']
+           'uniform', 'pick', 'Sampled', 'sample_tokens']
 
 # %% ../../nbs/10_mechanisms.tokens.ipynb #shape
 def guide(
@@ -226,9 +226,17 @@ class _Decoder:
         return self.lm.norm(x)
 
 # %% ../../nbs/10_mechanisms.tokens.ipynb #sample
-def _exponential(like: Tensor, generator) -> Tensor:
-    "Exponential noise: -log u costs a quarter of `exponential_` on a CPU."
-    return torch.rand(like.shape, generator=generator, device=like.device).log_().neg_()
+def uniform(B: int, T: int, generator: torch.Generator | Sequence | None, device) -> Tensor:
+    "[B, T] uniform numbers, double. With one generator a row, a row's numbers do not depend on its neighbours."
+    def draw(shape, g): return torch.rand(shape, generator=g, dtype=torch.float64, device=g.device if g else device).to(device)
+    if not isinstance(generator, (list, tuple)): return draw((B, T), generator)
+    if len(generator) != B: raise UserError(f"{len(generator)} generators for {B} rows: one is needed for each row.")
+    return torch.stack([draw((T,), g) for g in generator])
+
+def pick(p_BV: Tensor, u_B: Tensor) -> Tensor:
+    "[B] the token whose interval of the cumulated probabilities holds u."
+    upto = p_BV.double().cumsum(-1)
+    return torch.searchsorted(upto, (u_B * upto[:, -1])[:, None], right=True)[:, 0].clamp_(max=p_BV.shape[1] - 1)
 
 @dataclass
 class Sampled:
@@ -245,7 +253,7 @@ def sample_tokens(
     embed: Callable,                # [R] token ids -> [R, D]
     head: Callable,                 # [R, D] -> [R, V]
     steps: int,                     # longest output
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Sequence | None = None,     # one for the batch, or a list with one for each of the n x G rows
     temperature: float = 1.0,       # 0 is greedy
     top_p: float = 1.0,
     cfg: float = 1.0,
@@ -262,12 +270,12 @@ def sample_tokens(
     tokens = torch.full((B, steps), pad, dtype=torch.long, device=state.device)
     mask = torch.zeros(B, steps, dtype=torch.bool, device=state.device)
     logp, logp_cond = torch.zeros(2, B, steps, device=state.device)
-    alive = torch.ones(B, dtype=torch.bool, device=state.device)
+    alive, u = torch.ones(B, dtype=torch.bool, device=state.device), None if greedy else uniform(B, steps, generator, state.device)
     for t in range(steps):
         logits = head(state)
         cond = shape_logits(logits[:B], tau, top_p)
         drawn = shape_logits(guide(logits[:B], logits[B:], cfg), tau, top_p) if guided else cond
-        token = drawn.argmax(-1) if greedy else (drawn.exp() / _exponential(drawn, generator)).argmax(-1)
+        token = drawn.argmax(-1) if greedy else pick(drawn.exp(), u[:, t])
         tokens[:, t] = torch.where(alive, token, pad)
         mask[:, t] = alive
         logp[:, t], logp_cond[:, t] = drawn.gather(-1, token[:, None])[:, 0], cond.gather(-1, token[:, None])[:, 0]

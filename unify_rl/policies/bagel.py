@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import unify_rl
-from ..core import Part, Prompt, Rollout, UserError, generator_for, nearest
+from ..core import Part, Prompt, Rollout, UserError, generator_for, nearest, seed_for
 from ..mechanisms.tokens import Prefix, sample_tokens, token_logp
 from ..mechanisms.flow import (forward_draws, forward_velocities, means_kl, means_logp, normal_like, sample_flow, sde_means, sde_window,
                                       timesteps, velocities_kl, velocities_logp)
 from ..mechanisms.mot import GEN, MoTBody, make_route, router_stats, upcycle
-from .base import Policy, check_keys, check_picture, check_types, file_shapes, from_section, load_tokenizer, output_generators, read_json
+from .base import Policy, check_keys, check_picture, check_types, file_shapes, from_section, group_numbers, load_tokenizer, output_generators, read_json
 from .janus import TAGS
 
 # %% auto #0
@@ -335,7 +335,7 @@ def _rule(part): return _path(part, "reduction", "weighting")
 
 def _draws(part):
     s = part.settings
-    return forward_draws(part.actions[:, 0], s["seed"], part.rows // s["group_size"], part.actions.shape[1], s["draw_shift"])
+    return forward_draws(part.actions[:, 0], s["seed"], part.targets.get("draw", part.rows // s["group_size"]), part.actions.shape[1], s["draw_shift"])
 
 ESTIMATORS = dict(
     sde=Estimator(lambda d, g: sde_window(d.steps, d.window, g, d.low, d.high or None), lambda s, d: s.states,
@@ -667,8 +667,8 @@ class BagelPolicy(Policy):
         if not cfg >= 1: raise UserError(f"the guidance scale is {cfg}; it must be at least 1 (1: none)")
         d, B = self._with(drawing), len(prompts) * group_size
         out = Rollout(prompts, group_size, [], [None] * B, [None] * B)
-        talk = dict(temperature=temperature, top_p=top_p, max_text=max_text, generator=generator)
         seed = int(torch.randint(2**62, (), generator=generator, device="cpu" if generator is None else generator.device))
+        talk = dict(temperature=temperature, top_p=top_p, max_text=max_text, seed=seed)
         for (kind, grid), which in self._jobs(prompts, d.size).items():
             look = self._look([prompts[i].image if kind == "edit" else None for i in which], vae=True)
             thoughts = self._write(out, which, look, True, talk) if d.think else None
@@ -709,8 +709,8 @@ class BagelPolicy(Policy):
         prompts, G, ids = [out.prompts[i] for i in which], out.group_size, self.ids
         context = self._context(prompts, look, think=thought, thoughts=[[]] * len(prompts) if thought else None, answer=not thought)
         self._check_length(prompts, context, talk["max_text"])
-        s = sample_tokens(self.body, self.prefix(context), G, self.body.embed_tokens, self.net.language_model.lm_head, talk["max_text"], talk["generator"],
-                          talk["temperature"], talk["top_p"], stop=ids["eos"], pad=ids["pad"], decoder=GroupDecoder)
+        s = sample_tokens(self.body, self.prefix(context), G, self.body.embed_tokens, self.net.language_model.lm_head, talk["max_text"],
+                          output_generators(out.prompts, which, G, seed_for(talk["seed"], "thought" if thought else "answer")), talk["temperature"], talk["top_p"], stop=ids["eos"], pad=ids["pad"], decoder=GroupDecoder)
         rows = self._rows(which, G)
         out.parts.append(Part("text", rows, s.tokens_BT, s.mask_BT, context, torch.arange(len(which), device=self.device).repeat_interleave(G),
                               logp_old=s.logp_BT, settings=dict(temperature=talk["temperature"] or 1.0, top_p=talk["top_p"])))
@@ -746,7 +746,8 @@ class BagelPolicy(Policy):
         if actions is None: return
         scored = cfg if logp == "guided" else 1.0
         settings = flow | dict(estimator=d.estimator, grid=grid, cfg=scored, guidance=asdict(guidance), seed=seed, group_size=G, draw_shift=d.draw_shift)
-        part = Part("image", rows, actions, torch.ones(actions.shape[:2], dtype=torch.bool, device=self.device), context, index, settings=settings)
+        part = Part("image", rows, actions, torch.ones(actions.shape[:2], dtype=torch.bool, device=self.device), context, index, settings=settings,
+                    targets=dict(draw=group_numbers(out.prompts, which, G).to(self.device)))
         part.logp_old = s.logp if window and scored == cfg else None        # or nothing was recorded: the first update computes it anyway
         out.parts.append(part)
 

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..core import Part, Prompt, Rollout, UserError, generator_for, nearest
+from ..core import Part, Prompt, Rollout, UserError, generator_for, nearest, seed_for
 
 # %% auto #0
 __all__ = ['Policy', 'read_json', 'weight_files', 'file_shapes', 'check_keys', 'load_tokenizer', 'check_types', 'from_section',
-           'check_picture', 'output_generators']
+           'check_picture', 'output_generators', 'group_numbers']
 
 # %% ../../nbs/20_policies.base.ipynb #policy
 class Policy(nn.Module):
@@ -206,3 +206,11 @@ def output_generators(prompts: list, which: list, G: int, seed: int) -> list:
         k = seen[p.id] = seen.get(p.id, -1) + 1
         if i in which: out += [generator_for("draw", seed, p.id, k, g) for g in range(G)]
     return out
+
+def group_numbers(prompts: list, which: list, G: int) -> Tensor:
+    "[len(which)·G] long: a number for each row, one for the whole group, named by its prompt and that prompt's occurrence in the batch."
+    seen, out = {}, []
+    for i, p in enumerate(prompts):
+        k = seen[p.id] = seen.get(p.id, -1) + 1
+        if i in which: out += [seed_for("group", p.id, k)] * G
+    return torch.tensor(out, dtype=torch.long)

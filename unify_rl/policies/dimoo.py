@@ -21,7 +21,7 @@ import unify_rl
 from ..core import Part, Rollout, UserError, nearest
 from ..mechanisms.tokens import guide, run_layers, token_logp
 from ..mechanisms.masked import ESTIMATORS, MaskDraws, draws_logp, mask_draws, sample_masked
-from .base import (Policy, check_keys, check_picture, check_types, from_section, load_tokenizer, output_generators, read_json,
+from .base import (Policy, check_keys, check_picture, check_types, from_section, group_numbers, load_tokenizer, output_generators, read_json,
                                     weight_files)
 from .janus import TAGS
 
@@ -376,15 +376,15 @@ class DimooPolicy(Policy):
             steps = min(d.text_steps if kind == "text" else d.steps, block)
             s = sample_masked(logits_of, torch.full((len(rows), T), BLANK, device=self.device), BLANK, steps, "linear" if kind == "text" else "cosine", temperature,
                               0.0 if kind == "text" else d.remask, block, output_generators(prompts, which, G, seed))
-            out.parts.append(self._part(kind, rows, s.tokens_BL, s.order_BL, context, index, d, dict(size=size, seed=seed, group_size=G, temperature=temperature or 1.0,
-                             cfg=w if logp == "guided" else 1.0, steps=steps * -(-T // block))))
+            settings = dict(size=size, seed=seed, group_size=G, temperature=temperature or 1.0, cfg=w if logp == "guided" else 1.0, steps=steps * -(-T // block))
+            out.parts.append(self._part(kind, rows, s.tokens_BL, s.order_BL, context, index, d, settings, draw=group_numbers(prompts, which, G).to(self.device)))
             self._show(out, kind, rows.tolist(), s.tokens_BL, size)
         return out
 
-    def _part(self, kind, rows, tokens, order, context, index, d: Unmasking, settings: dict) -> Part:
+    def _part(self, kind, rows, tokens, order, context, index, d: Unmasking, settings: dict, **targets) -> Part:
         "Outputs as actions [b, T, 2]: what filled each blank, and in which step."
         settings = settings | {k: getattr(d, k) or None for k in ("draws", "low", "high")} | dict(estimator=d.estimator, visits=d.visits)
-        part = Part(kind, rows, torch.stack([tokens, order], -1), None, context, index, settings=settings)
+        part = Part(kind, rows, torch.stack([tokens, order], -1), None, context, index, settings=settings, targets=targets)
         part.mask = self._own(part, self._draws(part)[0].scored_BnKL.any(2).flatten(1))
         return part
 
@@ -392,7 +392,7 @@ class DimooPolicy(Policy):
         "What is hidden and scored of prompt and output together [b, n, K, P + T], the same for all rows of a group; and the tokens [b, P + T]."
         s, prompt, (tokens, order) = part.settings, part.context["mask"][part.context_index], part.actions.unbind(-1)
         wide = lambda x, v: F.pad(x, (prompt.shape[1], 0), value=v)
-        draws = mask_draws(s["estimator"], wide(torch.ones_like(tokens, dtype=torch.bool), False), s["seed"], part.rows // s["group_size"], s["draws"], s["low"], s["high"],
+        draws = mask_draws(s["estimator"], wide(torch.ones_like(tokens, dtype=torch.bool), False), s["seed"], part.targets.get("draw", part.rows // s["group_size"]), s["draws"], s["low"], s["high"],
                            F.pad(prompt, (0, tokens.shape[1])), order_BL=wide(order, -1), steps=s["steps"], visits=s["visits"])
         return draws, wide(tokens, 0)
 

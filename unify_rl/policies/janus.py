@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 import unify_rl
-from ..core import Part, Rollout, UserError
+from ..core import Part, Rollout, UserError, seed_for
 from ..mechanisms.tokens import encode_prefix, lengthen, sample_tokens, states_before, token_logp
-from .base import Policy
+from .base import Policy, output_generators
 
 # %% auto #0
 __all__ = ['SPECIALS', 'TAGS', 'word_tokenizer', 'new_janus', 'JanusPolicy']
@@ -224,6 +224,7 @@ class JanusPolicy(Policy):
         if logp not in ("conditional", "guided"): raise UserError(f"rollout.logp is {logp!r}; it must be 'conditional' or 'guided'")
         G, B = group_size, len(prompts) * group_size
         texts, images, parts = [None] * B, [None] * B, []
+        seed = int(torch.randint(2**62, (), generator=generator, device="cpu" if generator is None else generator.device))
         for kind, tasks, make in (("image", ("generate", "joint"), self._draw_context), ("text", ("answer", "joint"), self._answer_context)):
             which = [i for i, p in enumerate(prompts) if p.task in tasks]
             if not which: continue
@@ -234,7 +235,8 @@ class JanusPolicy(Policy):
             prefix = encode_prefix(self.janus.model.language_model, self._embed(both), both["mask"])
             embed, head = self._ends(kind)
             if kind == "image": embed = _looked_up(embed, self.janus.config.vq_config.num_embeddings, G * len(which) * steps, self.device)
-            s = sample_tokens(self.janus.model.language_model, prefix, G, embed, head, steps, generator, temperature, top_p, w,
+            s = sample_tokens(self.janus.model.language_model, prefix, G, embed, head, steps,
+                              output_generators(prompts, which, G, seed_for(seed, kind)), temperature, top_p, w,
                               stop=self.tokenizer.eos_token_id if kind == "text" else None, pad=self.tokenizer.pad_token_id if kind == "text" else 0)
             rows = torch.tensor([i * G + g for i in which for g in range(G)], device=self.device)
             parts.append(Part(kind, rows, s.tokens_BT, s.mask_BT, context, torch.arange(len(which), device=self.device).repeat_interleave(G),

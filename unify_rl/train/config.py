@@ -15,9 +15,10 @@ from ..core import TASKS, UserError, nearest
 
 # %% auto #0
 __all__ = ['SCIENTIFIC', 'AT_LEAST', 'ABOVE_0', 'BELOW_1', 'MAY_BE_INFINITE', 'WHY', 'TAKEN', 'DataConfig', 'RolloutConfig',
-           'RewardConfig', 'AdvantageConfig', 'ObjectiveConfig', 'OptimizerConfig', 'ModelConfig', 'LogConfig',
-           'CheckpointConfig', 'EvaluateConfig', 'StageConfig', 'Config', 'coerce', 'from_dict', 'leaves', 'check',
-           'apply_overrides', 'recipes', 'read_layer', 'merge', 'load_config', 'resolve', 'to_yaml', 'describe']
+           'RewardConfig', 'AdvantageConfig', 'ObjectiveConfig', 'OptimizerConfig', 'ModelConfig', 'EngineConfig',
+           'LogConfig', 'CheckpointConfig', 'EvaluateConfig', 'StageConfig', 'Config', 'coerce', 'from_dict', 'leaves',
+           'check', 'apply_overrides', 'recipes', 'read_layer', 'merge', 'load_config', 'resolve', 'to_yaml',
+           'describe']
 
 # %% ../../nbs/52_train.config.ipynb #sections
 @dataclass
@@ -99,9 +100,16 @@ class ModelConfig:
     lora_rank: int = 0                          # train LoRA adapters of this rank; 0: the parameters themselves
     lora_alpha: float = 32.0                    # LoRA scale: the update is multiplied by alpha / rank
     lora_targets: list[str] = field(default_factory=list)      # names of adapted layers; []: the policy's choice
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"        # of forward and backward; weights stay fp32
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"        # of forward and backward; the weights that are updated stay fp32
     checkpoint_activations: bool = False        # recompute activations in backward: less memory, more time
     logp_chunk: int = 4096                      # tokens whose logits exist at once
+
+@dataclass
+class EngineConfig:
+    "how several processes share the work (torchrun starts them; unify_rl launch writes the command)"
+    zero: int = 0                               # DeepSpeed ZeRO: 0 a whole copy each, 1 the optimizer is shared out, 2 gradients too, 3 parameters too
+    offload: Literal["none", "optimizer", "params"] = "none"   # what ZeRO keeps in the CPU's memory
+    timeout: float = 1800.0                     # seconds that processes wait for one another before they give up
 
 @dataclass
 class LogConfig:
@@ -158,6 +166,7 @@ class Config:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     log: LogConfig = field(default_factory=LogConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
@@ -246,13 +255,13 @@ def _did_you_mean(key, cls):
 
 # %% ../../nbs/52_train.config.ipynb #check
 AT_LEAST = {    # smallest value -> keys
-    0: ("seed", "threads", "rollout.cfg", "objective.clip_low", "objective.clip_high", "objective.beta", "optimizer.weight_decay",
+    0: ("seed", "threads", "engine.zero", "rollout.cfg", "objective.clip_low", "objective.clip_high", "objective.beta", "optimizer.weight_decay",
         "optimizer.beta1", "optimizer.beta2", "optimizer.warmup", "model.lora_rank", "model.experts", "log.groups_every", "log.groups_max", "log.agreement_every",
         "checkpoint.every", "evaluate.cfg", "objective.teacher_layer"),
     1: ("steps", "rollout.prompts", "rollout.max_text", "objective.updates", "optimizer.micro_batch", "model.logp_chunk", "model.top_k",
         "checkpoint.keep", "evaluate.prompts", "evaluate.batch", "rollout.group_size", "data.max_pixels")}
 ABOVE_0 = ("rollout.temperature", "rollout.top_p", "advantage.eps", "optimizer.lr", "optimizer.grad_norm", "model.lora_alpha",
-           "evaluate.temperature")
+           "evaluate.temperature", "engine.timeout")
 BELOW_1 = ("optimizer.beta1", "optimizer.beta2")
 MAY_BE_INFINITE = ("objective.clip_low", "objective.clip_high", "optimizer.grad_norm")
 WHY = {"rollout.group_size": ": a group of one has no advantage, because its reward is its own mean (advantage.baseline=none does without)"}
@@ -271,6 +280,10 @@ def check(
     need(value["rollout.top_p"] <= 1, "rollout.top_p", "at most 1")
     need(cfg.rollout.group_size > 1 or cfg.advantage.baseline == "none", "rollout.group_size", "at least 2")
     need(cfg.advantage.scale == "none" or cfg.advantage.baseline != "none", "advantage.scale", "none, since advantage.baseline is none")
+    need(cfg.engine.zero <= 3, "engine.zero", "0, 1, 2 or 3")
+    need(cfg.engine.offload == "none" or cfg.engine.zero, "engine.offload", "none, since engine.zero is 0")
+    need(cfg.engine.offload != "params" or cfg.engine.zero == 3, "engine.offload", "none or optimizer, since parameters are shared out only by engine.zero=3")
+    need(not cfg.engine.zero or not cfg.log.agreement_every, "log.agreement_every", "0 with engine.zero above 0: it compares whole gradients")
     need(cfg.rollout.group_size == 1 or cfg.rollout.outputs == "sampled", "rollout.group_size", "1, since rollout.outputs=given has one output a prompt")
     for p, v in value.items(): need(v != math.inf or p in MAY_BE_INFINITE, p, "finite")
     for p in ("policy", "run_dir", "data.source"): need(value[p].strip(), p, "given")
@@ -302,7 +315,7 @@ def _check_further(objective):
     for name, weight in objective.further.items():
         if not 0 <= weight < math.inf: raise UserError(f"objective.further.{name} is {weight}; it must be at least 0 and finite")
 
-TAKEN = ("base", "policy", "eval", "groups", "checkpoints")       # what else is in a run's folder
+TAKEN = ("base", "policy", "eval", "groups", "checkpoints", "launch")       # what else is in a run's folder
 
 def _check_stages(stages):
     before = []

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import math
 import signal
 import time
@@ -28,21 +29,34 @@ from ..rewards.siglip import load_siglip
 from ..rewards.verifiable import score
 from .checkpoint import load_checkpoint, rng_state, save_checkpoint, set_rng_state
 from .config import Config
+from .engine import build_engine
 from .runlog import RunLog
 
 # %% auto #0
-__all__ = ['part_weights', 'lr_factor', 'Trainer', 'phase', 'stop_on_signal']
+__all__ = ['KINDS', 'part_weights', 'lr_factor', 'Trainer', 'phase', 'stop_on_signal']
 
 # %% ../../nbs/53_train.loop.ipynb #share
+KINDS = ("text", "image")
+
 def part_weights(
     parts: list,                # of a rollout
     valid_B: torch.Tensor,      # [B] bool: samples with a reward
     average: str,               # 'token', 'sequence' or 'group'
-) -> list:                      # one [b, T] tensor for each part; together they sum to 1
-    "Every action's share of the loss, over all parts of a rollout."
+    everywhere: Callable = list,    # numbers -> their sums over all processes
+) -> list:                      # one [b, T] tensor for each part; over all parts of all processes they sum to 1
+    "Every action's share of the loss, over all parts of a step's rollouts."
     masks = [p.mask & valid_B[p.rows].to(p.mask.device)[:, None] for p in parts]
-    units = [int(m.any(-1).sum()) for m in masks]
-    return [token_weights(m, average, p.context_index) * (u / max(sum(units), 1)) for p, m, u in zip(parts, masks, units)]
+    rows = [int(m.any(-1).sum()) for m in masks]
+    units = [_units(m, p.context_index, average) for m, p in zip(masks, parts)]
+    sums = everywhere([float(sum(n for n, p in zip(of, parts) if p.kind == kind)) for of in (rows, units) for kind in KINDS])
+    all_rows, all_units = dict(zip(KINDS, sums)), dict(zip(KINDS, sums[len(KINDS):]))
+    share = lambda p, n: n / max(all_units[p.kind], 1) * all_rows[p.kind] / max(sum(all_rows.values()), 1)
+    return [token_weights(m, average, p.context_index) * share(p, n) for p, m, n in zip(parts, masks, units)]
+
+def _units(mask_BT: torch.Tensor, group_index_B: torch.Tensor, average: str) -> int:
+    "How many things count equally in a part: its actions, its rows, or its groups."
+    if average == "token": return int(mask_BT.sum())
+    return int(mask_BT.any(-1).sum()) if average == "sequence" else len(group_index_B[mask_BT.any(-1)].unique())
 
 # %% ../../nbs/53_train.loop.ipynb #lr
 def lr_factor(step: int, steps: int, warmup: int, schedule: str) -> float:
@@ -55,8 +69,6 @@ def lr_factor(step: int, steps: int, warmup: int, schedule: str) -> float:
 class Trainer:
     "Group-relative policy optimization of any policy with any rewards."
     def __init__(self, cfg: Config, policy: Policy, stream: PromptStream, rewards: list, weights_R: torch.Tensor, log: RunLog):
-        from accelerate import Accelerator
-        from accelerate.state import AcceleratorState
         self.cfg, self.stream, self.rewards, self.weights_R, self.log = cfg, stream, rewards, weights_R, log
         covered = {t for r in rewards for t in r.tasks}
         orphan = [t for t in stream.shares if t not in covered]
@@ -76,29 +88,28 @@ class Trainer:
         for r in rewards:
             if getattr(r, "attach", None): r.attach(policy)
         for name in policy.helpers: getattr(policy, name).requires_grad_(True)
-        o = cfg.optimizer
-        self.params = [p for p in policy.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(self.params, o.lr, betas=(o.beta1, o.beta2), weight_decay=o.weight_decay)
-        AcceleratorState._reset_state()                 # or a second run in one session could not choose another precision
-        self.accelerator = Accelerator(mixed_precision={"fp32": "no"}.get(cfg.model.precision, cfg.model.precision), cpu=not torch.cuda.is_available(),
-                                       log_with=cfg.log.trackers or None, project_dir=str(log.dir))
+        o, e = cfg.optimizer, cfg.engine
+        if e.zero == 3 and any(getattr(r, "attach", None) for r in rewards):
+            raise UserError("a reward looks through the policy's own eyes, and with engine.zero=3 no process has it whole while it scores; use engine.zero=2")
+        self.engine = build_engine(policy, e.zero, lr=o.lr, betas=(o.beta1, o.beta2), weight_decay=o.weight_decay, grad_norm=o.grad_norm, precision=cfg.model.precision,
+                                   **({"offload": e.offload} if e.zero else {}), timeout=e.timeout, folder=log.dir, trackers=cfg.log.trackers)
+        self.accelerator = self.engine.accelerator
         if cfg.log.trackers: self.accelerator.init_trackers("unify_rl", config={"recipe": cfg.recipe, "policy": cfg.policy, "seed": cfg.seed})
-        self.engine, self.optimizer = self.accelerator.prepare(policy, optimizer)
-        self.policy, self.done, self.skipped, self.stopping = self.accelerator.unwrap_model(self.engine), 0, 0, False
+        self.policy, self.done, self.skipped, self.stopping, self.lr = policy, 0, 0, False, 0.0
         self.meter = AgreementMeter(policy, cfg.log.agreement_of) if cfg.log.agreement_every else None
-        stream.batch(0, cfg.rollout.prompts, self.accelerator.process_index, self.accelerator.num_processes)      # what does not fit is said before a run
-        if self.learners and self.accelerator.num_processes > 1:
+        stream.batch(0, cfg.rollout.prompts, self.engine.rank, self.engine.ranks)      # what does not fit is said before a run
+        if self.learners and self.engine.ranks > 1:
             raise UserError(f"reward {next(iter(self.learners))!r} learns, and would learn something else in each process; use one, or keep it frozen")
 
     # -- one step
     def step(self) -> dict:
         "Sample, score, compare, update; returns the step's metrics."
-        cfg, acc, clock = self.cfg, self.accelerator, defaultdict(float)
-        prompts = self.stream.batch(self.done, cfg.rollout.prompts, acc.process_index, acc.num_processes)
-        generator = generator_for(cfg.seed, "rollout", self.done, acc.process_index, device=self.policy.device.type)
-        with phase(clock, "sample"), acc.autocast():
-            rollout = dict(sampled=self._sample, given=self._given)[cfg.rollout.outputs](prompts, generator)
-            if cfg.objective.further: self.policy.prepare(rollout)
+        cfg, engine, clock = self.cfg, self.engine, defaultdict(float)
+        prompts, extra = self._prompts()
+        generator = generator_for(cfg.seed, "rollout", self.done, device=self.policy.device.type)
+        with phase(clock, "sample"), engine.whole() as policy, engine.autocast():
+            rollout = dict(sampled=self._sample, given=self._given)[cfg.rollout.outputs](policy, prompts, generator)
+            if cfg.objective.further: policy.prepare(rollout)
             if len({b for p in rollout.parts for b in p.rows.tolist()}) < len(rollout):
                 raise UserError(f"{self.policy.name} kept no actions of some outputs, so there is nothing to learn from; "
                                 f"is rollout.drawing {cfg.rollout.drawing} meant for tests?")
@@ -106,24 +117,33 @@ class Trainer:
             prompts_B = [rollout.prompt(b) for b in range(len(rollout))]
             table = score(self.rewards, prompts_B, rollout, cfg.on_error)
             adv = advantages(table.scores_RB, self.weights_R, rollout.group_size, table.applies_RB, torch.tensor([p.weight for p in prompts_B]), **asdict(cfg.advantage))
-        with phase(clock, "reference"): self._score_reference([p for p in rollout.parts if self.betas[p.kind]])
-        with phase(clock, "update"): stats, rows = self._update(rollout.parts, adv)
+            own_B = torch.arange(len(rollout)) < len(rollout) - extra * rollout.group_size
+            adv.valid_B &= own_B                                                       # company is not learned from
+        with phase(clock, "reference"): self._score_reference([p for p in rollout.parts if self.betas[p.kind]], rollout)
+        with phase(clock, "update"): stats, rows = self._update(rollout, adv)
         with phase(clock, "score"): stats |= self._teach(prompts_B, rollout)
         self.done += 1
-        metrics = self._metrics(rollout, table, adv, stats, clock)
-        if cfg.log.groups_every and (self.done == 1 or self.done % cfg.log.groups_every == 0) and acc.is_main_process:
+        metrics = self._metrics(rollout, table, adv, own_B, stats, clock)
+        if cfg.log.groups_every and (self.done == 1 or self.done % cfg.log.groups_every == 0) and engine.main:
             self._log_groups(rollout, table, adv, rows)
         return metrics
 
-    def _sample(self, prompts: list, generator) -> Rollout:
+    def _prompts(self) -> tuple[list, int]:
+        "This process's prompts of the step, and how many at the end are there only to keep the others company."
+        at = self.done, self.cfg.rollout.prompts, self.engine.rank, self.engine.ranks
+        own = self.stream.batch(*at)
+        company = self.stream.company(*at) if self.engine.even_passes or not own else []
+        return own + company, len(company)
+
+    def _sample(self, policy: Policy, prompts: list, generator) -> Rollout:
         r = self.cfg.rollout
-        return self.policy.sample(prompts, r.group_size, generator, temperature=r.temperature, top_p=r.top_p, cfg=r.cfg, logp=r.logp,
+        return policy.sample(prompts, r.group_size, generator, temperature=r.temperature, top_p=r.top_p, cfg=r.cfg, logp=r.logp,
                                   max_text=r.max_text, **r.drawing)
 
-    def _given(self, prompts: list, generator) -> Rollout:
+    def _given(self, policy: Policy, prompts: list, generator) -> Rollout:
         "The data's outputs; noise of their own, if they need any, comes from torch's seed, so that a step is repeatable."
         torch.manual_seed(generator.initial_seed() % 2**63)
-        return self.policy.encode(prompts, *self.outputs(prompts, rng_for(self.cfg.seed, "given", self.done, self.accelerator.process_index)))
+        return policy.encode(prompts, *self.outputs(prompts, rng_for(self.cfg.seed, "given", self.done, self.engine.rank)))
 
     def _teach(self, prompts_B: list, rollout: Rollout) -> dict:
         "Let rewards that learn see the samples they have judged; returns what they report."
@@ -135,47 +155,68 @@ class Trainer:
         return said
 
     @torch.no_grad()
-    def _score_reference(self, parts: list) -> None:
-        if not parts: return
-        with self.policy.reference() as ref, self.accelerator.autocast():
-            for part in parts:
+    def _score_reference(self, parts: list, rollout: Rollout) -> None:
+        if not any(self.betas.values()): return
+        everything = [torch.arange(len(p), device=p.rows.device) for p in parts]
+        with self.engine.reference() as ref, self.engine.autocast():
+            for p in parts: p.logp_ref = torch.zeros(p.mask.shape, device=p.mask.device)
+            for part, i, real in self._passes(parts, everything, rollout):
                 asked = ("location",) if part.kind in self.cfg.objective.exact else ()
-                said = [ref(m, asked) for m in part.split(self.cfg.optimizer.micro_batch)]
-                if not asked: part.logp_ref = torch.cat(said); continue
-                part.logp_ref = torch.cat([logp for logp, _ in said])
-                part.targets["location"] = torch.cat([s["location"] for _, s in said])
+                said = ref(part.select(i), asked)
+                if not real: continue
+                part.logp_ref[i] = (said[0] if asked else said).float()
+                if asked:
+                    place = part.targets.setdefault("location", said[1]["location"].new_zeros(len(part), *said[1]["location"].shape[1:]))
+                    place[i] = said[1]["location"]
 
-    def _update(self, parts: list, adv: Advantages) -> tuple[dict, dict]:
-        "The optimizer steps on one rollout; returns mean statistics and per-sample ones."
-        cfg, acc = self.cfg, self.accelerator
-        weights, stats, rows = part_weights(parts, adv.valid_B, cfg.objective.average), defaultdict(float), {}
+    def _passes(self, parts: list, rows: list, rollout: Rollout) -> list:
+        "(part, rows of it, whether they count) of each forward pass; if all processes must make the same passes, some that do not count are added."
+        size, kind = self.cfg.optimizer.micro_batch, lambda p: f"{p.kind} of {rollout.prompt(int(p.rows[0])).task}, {sorted(p.context)}"
+        jobs: dict[str, list] = {}
+        for p, r in zip(parts, rows): jobs.setdefault(kind(p), []).extend((p, i, True) for i in r.split(size) if len(i))
+        filler = {kind(p): (p, torch.zeros(1, dtype=torch.long, device=p.rows.device), False) for p in parts}
+        most = self.engine.even({k: len(v) for k, v in jobs.items()})
+        return [job for k, n in most.items() for job in jobs[k] + [filler[k]] * (n - len(jobs[k]))]
+
+    def _update(self, rollout: Rollout, adv: Advantages) -> tuple[dict, dict]:
+        "The optimizer steps on one rollout; returns statistics, each (sum, count), and per-sample ones."
+        cfg, engine, parts = self.cfg, self.engine, rollout.parts
         o, further, updates = cfg.objective, cfg.objective.further, cfg.objective.updates
+        share, sums, rows = part_weights(parts, adv.valid_B, o.average, engine.sum), defaultdict(float), {}
+        share = {id(p): w for p, w in zip(parts, share)}
         unrecorded = {id(p): torch.zeros_like(p.mask, dtype=torch.float32) for p in parts if p.logp_old is None}
         meter = self.meter if self.meter and self.done % cfg.log.agreement_every == 0 else None
+        cosine, norms, used = [], [], 0.0
         for _ in range(updates):
             if meter: meter.start()
-            jobs = [(p, w, i) for p, w in zip(parts, weights) for i in self._useful(p, adv).split(cfg.optimizer.micro_batch) if len(i)]
-            for k, (part, w, i) in enumerate(jobs):
-                with acc.no_sync(self.engine) if k + 1 < len(jobs) else contextlib.nullcontext():
-                    piece = part.select(i)
-                    also = (*further, "kl") if "location" in piece.targets else tuple(further)
-                    with acc.autocast(): logp, said = self.engine(piece, also) if also else (self.engine(piece), {})
-                    loss, s = objective(logp, piece.logp_old, piece.logp_ref, w[i], adv.adv_B[piece.rows.cpu()].to(logp),
-                                        o.clip_low, o.clip_high, self.betas[part.kind], o.kl, said.get("kl"))
-                    for name in [k for k in further if k in said]:      # means over the piece, so its share of the batch makes them add up
-                        s[name] = said[name].detach() * w[i].sum()
-                        loss = loss + further[name] * said[name] * w[i].sum()
-                    acc.backward(loss)
-                    if meter: meter.take(part.kind)
-                for name, v in s.items(): stats[name] += v.item() / updates
+            passes = self._passes(parts, [self._useful(p, adv) for p in parts], rollout)
+            for part, i, real in passes:
+                piece, w = part.select(i), share[id(part)][i] * real
+                also = (*further, "kl") if "location" in piece.targets else tuple(further)
+                with engine.autocast(): logp, said = engine.forward(piece, also) if also else (engine.forward(piece), {})
+                loss, s = objective(logp, piece.logp_old, piece.logp_ref, w, adv.adv_B[piece.rows.cpu()].to(logp),
+                                    o.clip_low, o.clip_high, self.betas[part.kind], o.kl, said.get("kl"))
+                for name in [k for k in further if k in said]:      # means over the piece, so its share of the batch makes them add up
+                    s[name] = said[name].detach() * w.sum()
+                    loss = loss + further[name] * said[name] * w.sum()
+                engine.backward(loss)
+                if meter: meter.take(part.kind)
+                if not real: continue
+                for name, v in s.items(): sums[name] += v.item() / updates
+                used += float(w.sum()) / updates
                 rows.update(_per_sample(piece, logp.detach(), said.get("kl"), cfg.objective))
                 if id(part) in unrecorded: unrecorded[id(part)][i] = logp.detach().float()
             for p in parts: p.logp_old = unrecorded.pop(id(p), p.logp_old)              # old is what the first update started from
-            if meter: stats["agreement"] += meter.cosine() / updates
-            stats["grad_norm"] += self._apply(len(jobs)) / updates
-        used = sum(float(w[i].sum()) for _, w, i in jobs)               # rows of dead groups may be left out, and have no ratio
-        if used: stats["ratio_mean"] /= used
-        return dict(stats), rows
+            if meter: cosine.append(meter.cosine())
+            norms.append(self._step(len(passes)))
+        return self._statistics(sums, used, cosine, norms), rows
+
+    def _statistics(self, sums: dict, used: float, cosine: list, norms: list) -> dict:
+        "Name -> (this process's part of the sum, of the count). Sums over a step's shares are whole; rows of dead groups may be left out, and have no ratio."
+        main, cosine = float(self.engine.main), [c for c in cosine if c == c]
+        names = ("loss", "policy_loss", "clip_fraction", *(("kl",) if any(self.betas.values()) or self.cfg.objective.exact else ()), *self.cfg.objective.further)
+        out = {name: (sums.get(name, 0.0), main) for name in names} | dict(ratio_mean=(sums.get("ratio_mean", 0.0), used), grad_norm=(main * sum(norms) / len(norms), main))
+        return out | (dict(agreement=(sum(cosine), len(cosine))) if self.meter and self.done % self.cfg.log.agreement_every == 0 else {})
 
     def _useful(self, part, adv: Advantages) -> torch.Tensor:
         "Rows that can move the policy: with no KL term, those of dead groups cannot."
@@ -183,33 +224,35 @@ class Trainer:
         keep = adv.valid_B[rows] & ((adv.adv_B[rows] != 0) | bool(self.betas[part.kind]))
         return keep.nonzero()[:, 0].to(part.rows.device)
 
-    def _apply(self, jobs: int) -> float:
-        "Clip and step, unless there is no gradient or it is not finite."
-        norm = float(self.accelerator.clip_grad_norm_(self.params, self.cfg.optimizer.grad_norm)) if jobs else 0.0
-        for g in self.optimizer.param_groups:
-            g["lr"] = self.cfg.optimizer.lr * lr_factor(self.done, self.cfg.steps, self.cfg.optimizer.warmup, self.cfg.optimizer.schedule)
-        if jobs and math.isfinite(norm): self.optimizer.step(); self.skipped = 0
-        elif jobs: self.skipped += 1
-        self.optimizer.zero_grad(set_to_none=True)
+    def _step(self, passes: int) -> float:
+        "Let the engine step; a gradient that is not finite is skipped and counted."
+        o = self.cfg.optimizer
+        norm, moved = self.engine.step(o.lr * (factor := lr_factor(self.done, self.cfg.steps, o.warmup, o.schedule)), passes)
+        self.lr = o.lr * factor
+        self.skipped = 0 if moved else self.skipped + bool(self.engine.any(passes > 0))
         if self.skipped >= 10:
             raise UserError("ten steps in a row had a gradient that was not finite; lower optimizer.lr, or use model.precision=fp32. "
                             "The last checkpoint is from before")
-        return norm if math.isfinite(norm) else 0.0
+        return norm
 
     # -- what people see
-    def _metrics(self, rollout, table, adv: Advantages, stats: dict, clock: dict) -> dict:
-        mean = lambda x: float(x.double().mean()) if len(x) else math.nan
-        m = {"reward/total": mean(adv.reward_B[adv.valid_B])}
-        for r, s, a in zip(self.rewards, table.scores_RB, table.applies_RB): m[f"reward/{r.name}"] = mean(s[a & ~s.isnan()])
-        m |= {f"objective/{k}": v for k, v in stats.items()}
-        m |= {"groups/dead": mean(adv.dead_N), "groups/std": mean(adv.std_N[~adv.std_N.isnan()]), "samples/failed": mean(~adv.valid_B),
-              "samples/text_tokens": mean(torch.cat([p.mask.sum(-1) for p in rollout.parts if p.kind == "text"] or [torch.zeros(0)])),
-              "steps/skipped": float(self.skipped), "lr": self.optimizer.param_groups[0]["lr"]}
+    def _metrics(self, rollout, table, adv: Advantages, own_B: torch.Tensor, stats: dict, clock: dict) -> dict:
+        "Means over all processes."
+        total = lambda x: (float(x.double().sum()), len(x))
+        own_N = own_B[::rollout.group_size]
+        m = {"reward/total": total(adv.reward_B[adv.valid_B])}
+        for r, s, a in zip(self.rewards, table.scores_RB, table.applies_RB): m[f"reward/{r.name}"] = total(s[a & ~s.isnan() & own_B])
+        m |= {f"objective/{k}": v if isinstance(v, tuple) else (v, 1) for k, v in stats.items()}
+        m |= {"groups/dead": total(adv.dead_N[own_N]), "groups/std": total(adv.std_N[~adv.std_N.isnan() & own_N]), "samples/failed": total(~adv.valid_B[own_B]),
+              "samples/text_tokens": total(torch.cat([p.mask.sum(-1)[own_B[p.rows.cpu()].to(p.mask.device)] for p in rollout.parts if p.kind == "text"] or [torch.zeros(0)]))}
         keys = sorted(m)
-        pooled = self.accelerator.reduce(torch.tensor([m[k] for k in keys], device=self.accelerator.device, dtype=torch.float32), "mean").tolist()
-        if table.notes: m["notes"] = sorted(set(table.notes))[:3]
-        out = dict(zip(keys, pooled)) if self.accelerator.num_processes > 1 else {k: m[k] for k in keys}
-        return out | {f"seconds/{k}": v for k, v in clock.items()} | ({"notes": m["notes"]} if "notes" in m else {})
+        pooled = self.engine.sum([v for k in keys for v in m[k]])
+        out = {k: s / n if n else math.nan for k, s, n in zip(keys, pooled[::2], pooled[1::2])}
+        return out | {"steps/skipped": float(self.skipped), "lr": self.lr} | {f"seconds/{k}": v for k, v in clock.items()} | self._notes(table.notes)
+
+    def _notes(self, notes: list) -> dict:
+        if not self.engine.any(bool(notes)): return {}
+        return {"notes": sorted({n for text in self.engine.share_text(json.dumps(sorted(set(notes))[:3])) for n in json.loads(text)})[:3]}
 
     def _log_groups(self, rollout, table, adv: Advantages, rows: dict) -> None:
         G, N = rollout.group_size, len(rollout.prompts)
@@ -233,30 +276,32 @@ class Trainer:
         with stop_on_signal(self):
             while self.done < self.cfg.steps and not self.stopping:
                 metrics = self.step()
-                if self.accelerator.is_main_process:
+                if self.engine.main:
                     self.log.log(self.done, metrics)
                     self.accelerator.log({k: v for k, v in metrics.items() if isinstance(v, float)}, step=self.done)
                 if on_step: on_step(self.done, metrics)
                 every = self.cfg.checkpoint.every
+                self.stopping = self.engine.any(self.stopping)                  # a signal may have reached one process only
                 if self.stopping or self.done == self.cfg.steps or (every and self.done % every == 0): self.save()
         return self.done >= self.cfg.steps
 
     def save(self) -> None:
         "Write a checkpoint: what trains, the optimizer, every random state, the cursor."
-        trained = {n: p.detach() for n, p in self.policy.named_parameters() if p.requires_grad}
-        state = dict(params=trained, optimizer=self.optimizer.state_dict(), rng=rng_state(), skipped=self.skipped)
-        if self.learners: state["learners"] = {name: r.learner.state_dict() for name, r in self.learners.items()}
-        if self.accelerator.is_main_process: save_checkpoint(self.log.dir / "checkpoints", self.done, state, self.cfg.checkpoint.keep)
-        self.accelerator.wait_for_everyone()
+        state = self.engine.state()
+        if self.engine.main:
+            state |= dict(rng=rng_state(), skipped=self.skipped)
+            if self.learners: state["learners"] = {name: r.learner.state_dict() for name, r in self.learners.items()}
+            save_checkpoint(self.log.dir / "checkpoints", self.done, state, self.cfg.checkpoint.keep)
+        self.engine.barrier()
 
     def load(self) -> list:
-        "Continue from the newest good checkpoint; returns notes about damaged ones."
-        self.done, state, notes = load_checkpoint(self.log.dir / "checkpoints")
-        own = dict(self.policy.named_parameters())
-        with torch.no_grad():
-            for n, p in state["params"].items(): own[n].copy_(p)
+        "Continue from the newest good checkpoint, written by any number of processes; returns notes about damaged ones."
+        done, state, notes = load_checkpoint(self.log.dir / "checkpoints") if self.engine.main else (0, {}, [])
+        self.done, self.skipped = (int(n) for n in self.engine.sum([done, state.get("skipped", 0)]))
+        self.engine.load(state)
+        if not self.engine.main: return notes
         for name, r in self.learners.items(): r.learner.load_state_dict(state["learners"][name])
-        self.optimizer.load_state_dict(state["optimizer"]); set_rng_state(state["rng"]); self.skipped = state["skipped"]
+        set_rng_state(state["rng"])
         self.log.truncate(self.done)
         return notes
 
