@@ -14,7 +14,7 @@ import signal
 import time
 from collections import deque
 from copy import copy
-from dataclasses import asdict, is_dataclass, replace
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any, Callable, get_type_hints
@@ -25,13 +25,14 @@ from PIL import Image
 
 from .core import Prompt, UserError, seed_for
 from .data.stream import PromptStream, Reading, check_source, dict_count, load_prompts, only_questions
-from .evaluate.suites import Result, compare, evaluate, load_suite, table
+from .evaluate.suites import Result, compare, evaluate, joined, load_suite, table
 from .inspect.report import summary_table, write_report
 from .policies.base import Policy
 from .policies.load import load_policy
 from .rewards.verifiable import build_rewards, check_prompts
 from .train.checkpoint import checkpoints
 from .train.config import Config, EvaluateConfig, StageConfig, apply_overrides, from_dict, leaves, load_config, merge, read_layer, to_yaml
+from .train.engine import Crew, is_main
 from .train.loop import Trainer
 from .train.merge import merge_policies
 from .train.runlog import (RunLog, logged_steps, picture_path, read_groups, read_metrics, read_samples, read_summary, run_folder, write_aside,
@@ -40,8 +41,8 @@ from .train.runlog import (RunLog, logged_steps, picture_path, read_groups, read
 # %% auto #0
 __all__ = ['SHOWN', 'MAY_CHANGE', 'RESULTS', 'OF_THE_RUN', 'clock', 'pick', 'line', 'board', 'Screen', 'run_suites',
            'read_verdicts', 'write_verdicts', 'take_verdicts', 'Run', 'saved_config', 'as_overrides', 'changes',
-           'resumed_config', 'resume_command', 'own_settings', 'unweighted', 'quiet', 'train', 'stage_configs',
-           'stage_starts']
+           'resumed_config', 'resume_command', 'own_settings', 'unweighted', 'Onlooker', 'quiet', 'train',
+           'stage_configs', 'stage_starts']
 
 # %% ../nbs/75_run.ipynb #words
 SHOWN = {"objective/kl": "KL", "objective/clip_fraction": "clipped", "groups/dead": "dead groups", "samples/failed": "failed"}
@@ -133,6 +134,7 @@ def run_suites(
     max_text: int = 64,                 # longest answer in tokens
     screen: Screen | None = None,
     title: str = "test",
+    crew: Crew | None = None,           # processes that share the work; all get the whole result
 ) -> dict[str, Result]:                 # suite -> result
     "Test a policy on the suites of a configuration."
     screen, out = screen or Screen(False), {}
@@ -141,7 +143,8 @@ def run_suites(
         start = time.monotonic()
         with screen.bar(f"{title}: {suite.name}") as track:
             r = out[suite.name] = evaluate(policy, suite, cfg=cfg.cfg, temperature=cfg.temperature, seed=seed, batch=cfg.batch,
-                                           max_text=max_text, drawing=cfg.drawing, progress=track)
+                                           max_text=max_text, drawing=cfg.drawing, progress=track, share=(crew.rank, crew.ranks) if crew else (0, 1))
+            if crew and crew.ranks > 1: r = out[suite.name] = replace(joined([Result.from_json(t) for t in crew.share_text(r.to_json())]), pictures=r.pictures)
         score = f"{r.overall:.3f} on {len(r.rows)} prompts, {clock(time.monotonic() - start)}"
         screen.say(f"{title}: {suite.name} {score if r.supported else f'left out: {r.why}'}")
     return out
@@ -229,7 +232,7 @@ def as_overrides(
     return out
 
 # %% ../nbs/75_run.ipynb #resume
-MAY_CHANGE = ("steps", "run_dir", "threads", "log.", "checkpoint.")
+MAY_CHANGE = ("steps", "run_dir", "threads", "log.", "checkpoint.", "engine.")
 
 def changes(a: Config, b: Config) -> list[str]:
     "The settings that differ, as 'key: a -> b'."
@@ -303,6 +306,11 @@ def unweighted(prompts: list[Prompt]) -> list[Prompt]:
         return p
     return [one(p) for p in prompts]
 
+@dataclass
+class Onlooker:
+    "The run folder to a process that writes nothing."
+    dir: Path
+
 def _prepare(cfg: Config, resume: bool, prompts: list | None, rewards: list | None, screen: Screen) -> Trainer:
     "Everything a run needs, checked; the run folder is made last."
     if cfg.threads: torch.set_num_threads(cfg.threads)
@@ -317,11 +325,12 @@ def _prepare(cfg: Config, resume: bool, prompts: list | None, rewards: list | No
     policy = load_policy(cfg.policy)
     policy.check_tasks([task[0] for task in stream.prompts.values()])
     for drawing in (cfg.rollout.drawing, cfg.evaluate.drawing): policy.check_drawing(drawing)
-    log = RunLog(cfg.run_dir, resume)
+    log = RunLog(cfg.run_dir, resume) if is_main() else Onlooker(Path(cfg.run_dir))
     try: trainer = Trainer(cfg, policy, stream, reward_list, weights_R, log)
     except UserError:
-        if not resume: shutil.rmtree(log.dir, ignore_errors=True)          # it was empty before
+        if not resume and is_main(): shutil.rmtree(log.dir, ignore_errors=True)          # it was empty before
         raise
+    if not is_main(): return trainer
     write_aside(log.dir/"config.yaml", to_yaml(cfg))
     data = dict(prompts=dict_count(found), rows=reading.rows, skipped=len(reading.skipped), why=reading.skipped[:20])
     write_aside(log.dir/"data.json", json.dumps(data, indent=1) + "\n")
@@ -385,7 +394,7 @@ def train(
 ) -> Run:
     "Test, train, test again, report. Interrupted, it saves and says how to continue."
     policy = None if policy is None else str(policy)
-    given, screen = [*own_settings(prompts, rewards), *as_overrides(settings), *overrides], Screen(progress)
+    given, screen = [*own_settings(prompts, rewards), *as_overrides(settings), *overrides], Screen(progress and is_main())
     cfg = (resumed_config if resume else load_config)(recipe, policy, config_file, given)
     screen.say(to_yaml(cfg), style="dim")
     with quiet():
@@ -396,29 +405,36 @@ def train(
 def _run_one(cfg: Config, resume: bool, prompts: list | None, rewards: list | None, screen: Screen, known: tuple | None = None) -> bool:
     "One recipe; `known` is (run folder, test) of how the policy did before, if that has been tested. True if it got to the end."
     trainer = _prepare(cfg, resume, prompts, rewards, screen)
-    log = trainer.log
-    test = lambda title: run_suites(trainer.policy, cfg.evaluate, cfg.seed, cfg.rollout.max_text, screen, title)
-    if known and not (log.dir/"eval"/"before.json").exists(): take_verdicts(log, "before", *known)
-    before = read_verdicts(log.dir, "before")
-    if before is None: write_verdicts(log, "before", before := test("before"))
-    if resume and checkpoints(log.dir/"checkpoints"):
+    log, engine = trainer.log, trainer.engine
+    def tested(name: str) -> dict | None:
+        "The verdicts of a test, which all processes make together if it has not been made; only the first process has them."
+        found = read_verdicts(log.dir, name) if engine.main else None
+        if engine.any(found is not None): return found
+        with engine.whole() as policy: made = run_suites(policy, cfg.evaluate, cfg.seed, cfg.rollout.max_text, screen, name, engine)
+        if engine.main: write_verdicts(log, name, made)
+        return made
+    if known and engine.main and not (log.dir/"eval"/"before.json").exists(): take_verdicts(log, "before", *known)
+    before = tested("before")
+    if resume and engine.any(engine.main and bool(checkpoints(log.dir/"checkpoints"))):
         for note in trainer.load(): screen.say(note, style="yellow")
     if trainer.done > cfg.steps: raise UserError(f"{log.dir} has {trainer.done} steps already; steps={cfg.steps} would be fewer")
     if resume: screen.say(f"continuing after step {trainer.done}")
-    if trainer.done < cfg.steps: _forget_results(log.dir)
+    if trainer.done < cfg.steps and engine.main: _forget_results(log.dir)
     with screen.training(cfg.steps) as show: arrived = trainer.run(show)
     if not arrived:
         screen.say(f"stopped after step {trainer.done}; everything is saved. Continue with\n  {resume_command(cfg)}")
         return False
-    _save_policy(trainer.policy, log.dir/"policy")
-    after = read_verdicts(log.dir, "after")
-    if after is None: write_verdicts(log, "after", after := test("after"))
-    data = {k: v for k, v in json.loads((log.dir/"data.json").read_bytes()).items() if k != "why"}
-    _finish(cfg, log, before, after, screen, cfg.steps, dict(data=data), f"{resume_command(cfg)} steps={2 * cfg.steps}      (train on)")
+    with engine.whole() as policy:
+        if engine.main: _save_policy(policy, log.dir/"policy")
+    after = tested("after")
+    if engine.main:
+        data = {k: v for k, v in json.loads((log.dir/"data.json").read_bytes()).items() if k != "why"}
+        _finish(cfg, log, before, after, screen, cfg.steps, dict(data=data), f"{resume_command(cfg)} steps={2 * cfg.steps}      (train on)")
+    engine.barrier()
     return True
 
 # %% ../nbs/75_run.ipynb #staged
-OF_THE_RUN = ("recipe:", "policy:", "task:", "seed:", "run_dir:", "threads:", "on_error:", "log.", "checkpoint.", "evaluate.", "stages:")
+OF_THE_RUN = ("recipe:", "policy:", "task:", "seed:", "run_dir:", "threads:", "on_error:", "log.", "checkpoint.", "evaluate.", "engine.", "stages:")
 
 def stage_configs(
     cfg: Config,                                    # with stages
@@ -428,7 +444,7 @@ def stage_configs(
     if foreign:
         raise UserError(f"{cfg.recipe} consists of stages and has no {foreign[0].partition(':')[0]} of its own; set it for a stage, e.g. "
                         f"stages.{cfg.stages[0].name}.settings='[{foreign[0].partition(':')[0]}=...]'. Stages: {', '.join(s.name for s in cfg.stages)}")
-    own = {k: getattr(cfg, k) for k in ("seed", "threads", "on_error", "log", "checkpoint", "evaluate")}
+    own = {k: getattr(cfg, k) for k in ("seed", "threads", "on_error", "log", "checkpoint", "evaluate", "engine")}
     def one(s: StageConfig) -> Config | None:
         if s.merge: return None
         c = load_config(s.recipe, cfg.policy, overrides=s.settings)
@@ -448,21 +464,30 @@ def _run_stages(cfg: Config, resume: bool, prompts: list | None, rewards: list |
     if cfg.threads: torch.set_num_threads(cfg.threads)
     plan, starts = stage_configs(cfg), stage_starts(cfg)
     max_text = max(c.rollout.max_text for _, c in plan if c)
-    test = lambda policy, title: run_suites(policy, cfg.evaluate, cfg.seed, max_text, screen, title)
-    tested_before = (Path(cfg.run_dir)/"eval"/"before.json").exists()
-    base = None if tested_before else load_policy(cfg.policy)            # what is wrong with it is said before a folder is made
-    log = RunLog(cfg.run_dir, resume)
-    write_aside(log.dir/"config.yaml", to_yaml(cfg))
-    if base: write_verdicts(log, "before", test(base, "before"))
+    crew, run_dir = Crew(cfg.engine.timeout), Path(cfg.run_dir)
+    there = lambda path: crew.any(crew.main and path.exists())
+    test = lambda policy, title: run_suites(policy, cfg.evaluate, cfg.seed, max_text, screen, title, crew)
+    base = None if there(run_dir/"eval"/"before.json") else load_policy(cfg.policy)            # what is wrong with it is said before a folder is made
+    log = RunLog(cfg.run_dir, resume) if crew.main else Onlooker(run_dir)
+    if crew.main: write_aside(log.dir/"config.yaml", to_yaml(cfg))
+    if base:
+        verdicts = test(base, "before")
+        if crew.main: write_verdicts(log, "before", verdicts)
     del base                                                             # each stage loads what it starts from
     tested = {"base": (log.dir, "before")}
     for s, c in plan:
         folder = log.dir/s.name
         screen.say(f"\nstage {s.name}: {f'merge of {chr(44).join(s.merge)}' if s.merge else f'{s.recipe}, from {starts[s.name]}'}")
-        if c and not (folder/"summary.json").exists():
-            if not _run_one(c, (folder/"config.yaml").exists(), None, None, screen, tested[starts[s.name]]): return False
-        if s.merge: _run_merge(cfg, s, log.dir, test)
+        if c and not there(folder/"summary.json"):
+            if not _run_one(c, there(folder/"config.yaml"), None, None, screen, tested[starts[s.name]]): return False
+        if s.merge: _run_merge(cfg, s, log.dir, test, crew)
         tested[s.name] = (folder, "after")
+    if crew.main: _finish_stages(cfg, log, plan, starts, tested, screen)
+    crew.barrier()
+    return True
+
+def _finish_stages(cfg: Config, log: RunLog, plan: list, starts: dict, tested: dict, screen: Screen) -> None:
+    "What the stages have done, as the run's own result."
     _join_stages(log, [s.name for s, c in plan if c])
     last = plan[-1][0].name
     take_verdicts(log, "after", *tested[last])
@@ -471,13 +496,15 @@ def _run_stages(cfg: Config, resume: bool, prompts: list | None, rewards: list |
     stages = {s.name: dict(start=starts[s.name], steps=c.steps if c else 0, suites={k: compare(known[starts[s.name]][k], v) for k, v in known[s.name].items()})
               for s, c in plan}
     _finish(cfg, log, known["base"], known[last], screen, sum(x["steps"] for x in stages.values()), dict(stages=stages), f"each stage is a run: {', '.join(stages)}")
-    return True
 
-def _run_merge(cfg: Config, s: StageConfig, run_dir: Path, test: Callable) -> None:
+def _run_merge(cfg: Config, s: StageConfig, run_dir: Path, test: Callable, crew: Crew) -> None:
     "A stage that merges: its policy, and how it does."
     folder = run_dir/s.name
-    if not (folder/"policy").exists(): merge_policies(cfg.policy, [run_dir/name/"policy" for name in s.merge], folder/"policy", s.method)
-    if read_verdicts(folder, "after") is None: write_verdicts(RunLog(folder, resume=True), "after", test(load_policy(folder/"policy"), s.name))
+    if crew.main and not (folder/"policy").exists(): merge_policies(cfg.policy, [run_dir/name/"policy" for name in s.merge], folder/"policy", s.method)
+    crew.barrier()
+    if crew.any(crew.main and read_verdicts(folder, "after") is not None): return
+    verdicts = test(load_policy(folder/"policy"), s.name)
+    if crew.main: write_verdicts(RunLog(folder, resume=True), "after", verdicts)
 
 def _join_stages(log: RunLog, names: list[str]) -> None:
     "The metrics of all stages in one table, steps counted through."

@@ -22,7 +22,7 @@ from ..world.prompts import draw_prompts, edit_prompts, riddle_prompts
 from ..world.questions import question_prompts
 
 # %% auto #0
-__all__ = ['SUITES', 'Suite', 'load_suite', 'said_last', 'judge', 'Result', 'evaluate', 'compare', 'table']
+__all__ = ['SUITES', 'Suite', 'load_suite', 'said_last', 'judge', 'Result', 'evaluate', 'joined', 'compare', 'table']
 
 # %% ../../nbs/62_evaluate.suites.ipynb #suites
 SUITES = {      # name -> (task, prompts of the held-out side)
@@ -166,6 +166,7 @@ def evaluate(
     drawing: Mapping[str, Any] | None = None,   # the policy's own settings of drawing, over those it has for tests
     keep: int = 2,                  # pictures of each category kept for the report
     progress: Callable | None = None,   # called with (prompts done, prompts in all)
+    share: tuple = (0, 1),              # (which, of how many): only every so manieth batch, for processes that test together; see `joined`
 ) -> Result:
     "One output for each prompt of a suite, judged by both scorers."
     settings = dict(seed=seed, batch=batch, cfg=cfg, temperature=0.0 if suite.task == "answer" else temperature,
@@ -174,7 +175,7 @@ def evaluate(
         why = f"{policy.name} cannot {_CANNOT[suite.task]}: its tasks are {', '.join(policy.tasks)}"
         return Result(suite.name, [], settings, why)
     rows, pictures, kept = [], {}, _keep(suite.prompts, keep)
-    for k, start in enumerate(range(0, len(suite.prompts), batch)):
+    for k, start in list(enumerate(range(0, len(suite.prompts), batch)))[share[0]::share[1]]:
         prompts = suite.prompts[start:start + batch]
         generator = generator_for(seed, "evaluate", suite.name, k, device=policy.device.type)
         out = policy.sample(prompts, 1, generator, temperature=settings["temperature"], cfg=cfg, max_text=max_text, **settings["drawing"])
@@ -182,6 +183,16 @@ def evaluate(
         pictures |= {start + i: _to_show(p, im) for i, (p, im) in enumerate(zip(prompts, out.images)) if start + i in kept}
         if progress: progress(len(rows), len(suite.prompts))
     return Result(suite.name, rows, settings, pictures=pictures)
+
+def joined(
+    shares: list[Result],       # of one suite, in the order of the shares
+) -> Result:
+    "The result of a test that several processes made together; pictures are the first one's."
+    first, R = shares[0], len(shares)
+    n = first.settings["batch"]
+    pieces = [[r.rows[i:i + n] for i in range(0, len(r.rows), n)] for r in shares]
+    rows = [row for k in range(len(pieces[0])) for p in pieces if k < len(p) for row in p[k]] if R > 1 else first.rows
+    return Result(first.suite, rows, first.settings, first.why, first.pictures)
 
 # %% ../../nbs/62_evaluate.suites.ipynb #compare
 def _change(before: Result, after: Result, key: str = "correct", category: str | None = None) -> dict:

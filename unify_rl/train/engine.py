@@ -22,7 +22,7 @@ from ..core import UserError, seed_for
 from ..policies.base import Policy
 
 # %% auto #0
-__all__ = ['PRECISIONS', 'ranks', 'is_main', 'deepspeed_config', 'Engine', 'ZeroEngine', 'build_engine']
+__all__ = ['PRECISIONS', 'ranks', 'is_main', 'deepspeed_config', 'Crew', 'Engine', 'ZeroEngine', 'build_engine']
 
 # %% ../../nbs/49_train.engine.ipynb #rank
 def ranks() -> tuple[int, int]:
@@ -52,17 +52,55 @@ def deepspeed_config(
                 zero_optimization=shard, zero_allow_untested_optimizer=True, zero_force_ds_cpu_optimizer=False,
                 bf16=dict(enabled=precision == "bf16"), fp16=dict(enabled=precision == "fp16"), steps_per_print=2**31)
 
+# %% ../../nbs/49_train.engine.ipynb #crew
+class Crew:
+    "The processes that torchrun started, or the only one there is: sums, votes, waiting."
+    def __init__(self, timeout: float = 1800.0):
+        from accelerate import PartialState
+        group = dict(backend="nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(seconds=timeout)) if "RANK" in os.environ else {}
+        state = PartialState(cpu=not torch.cuda.is_available(), **group)
+        self.rank, self.ranks, self.device = state.process_index, state.num_processes, state.device
+        self.main = self.rank == 0
+
+    def sum(self, values: list[float]) -> list[float]:
+        "Each number summed over the processes."
+        if self.ranks == 1: return list(values)
+        pooled = torch.tensor(values, dtype=torch.float64, device=self.device if self.device.type == "cuda" else "cpu")
+        torch.distributed.all_reduce(pooled)
+        return pooled.tolist()
+
+    def any(self, flag: bool) -> bool:
+        "Does one of the processes say so?"
+        return self.sum([float(flag)])[0] > 0
+
+    def share_text(self, text: str) -> list[str]:
+        "Each process's text, on all of them."
+        if self.ranks == 1: return [text]
+        data = torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8)
+        sizes = [int(s) for s in self._gather(torch.tensor([len(data)]))]
+        rows = self._gather(torch.nn.functional.pad(data, (0, max(sizes) - len(data))))
+        return [bytes(r[:s].tolist()).decode().strip() for r, s in zip(rows, sizes)]
+
+    def _gather(self, x: Tensor) -> list[Tensor]:
+        x = x.to(self.device)
+        every = [torch.empty_like(x) for _ in range(self.ranks)]
+        torch.distributed.all_gather(every, x)
+        return [e.cpu() for e in every]
+
+    def barrier(self) -> None:
+        "Wait for everyone."
+        if self.ranks > 1: torch.distributed.barrier()
+
 # %% ../../nbs/49_train.engine.ipynb #engine
-class Engine:
+class Engine(Crew):
     "What trains, on one process or on several with a whole copy each (data parallel)."
     zero, even_passes = 0, False
 
     def __init__(self, policy: Policy, *, lr: float, betas: tuple = (0.9, 0.95), weight_decay: float = 0.0, grad_norm: float = 1.0, precision: str = "fp32",
                  offload: str = "none", timeout: float = 1800.0, folder: str | Path = ".", trackers: list | tuple = ()):
         self.policy, self.grad_norm, self.precision, self.offload = policy, grad_norm, precision, offload
-        self.accelerator = _accelerator(precision, timeout, folder, trackers)
-        self.rank, self.ranks, self.device = self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.device
-        self.main = self.rank == 0
+        super().__init__(timeout)
+        self.accelerator = _accelerator(precision, folder, trackers)
         self.trained = {n: p for n, p in policy.named_parameters() if p.requires_grad}
         self._prepare(torch.optim.AdamW(self.trained.values(), lr, betas=betas, weight_decay=weight_decay))
 
@@ -109,18 +147,6 @@ class Engine:
             if p.grad is None: p.grad = torch.zeros_like(p)
         for work in [torch.distributed.all_reduce(p.grad, async_op=True) for p in self.trained.values()]: work.wait()
 
-    # -- all processes together
-    def sum(self, values: list[float]) -> list[float]:
-        "Each number summed over the processes."
-        if self.ranks == 1: return list(values)
-        pooled = torch.tensor(values, dtype=torch.float64, device=self.device if self.device.type == "cuda" else "cpu")
-        torch.distributed.all_reduce(pooled)
-        return pooled.tolist()
-
-    def any(self, flag: bool) -> bool:
-        "Does one of the processes say so?"
-        return self.sum([float(flag)])[0] > 0
-
     def even(self, counts: dict) -> dict:
         "Kind of pass -> how many of it all processes make: the most that one of them has; kinds in one order everywhere."
         if self.ranks == 1 or not self.even_passes: return counts
@@ -135,24 +161,6 @@ class Engine:
         if lost: raise UserError(f"process {self.rank} has no pass of a kind that another one has; with engine.zero={self.zero} all must have each. Use engine.zero=1, "
                                  "or a rollout.prompts that gives each process prompts of each kind")
         return {named[key]: most[key] for key in sorted(most) if most[key]}
-
-    def share_text(self, text: str) -> list[str]:
-        "Each process's text, on all of them."
-        if self.ranks == 1: return [text]
-        data = torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8)
-        sizes = [int(s) for s in self._gather(torch.tensor([len(data)]))]
-        rows = self._gather(torch.nn.functional.pad(data, (0, max(sizes) - len(data))))
-        return [bytes(r[:s].tolist()).decode().strip() for r, s in zip(rows, sizes)]
-
-    def _gather(self, x: Tensor) -> list[Tensor]:
-        x = x.to(self.device)
-        every = [torch.empty_like(x) for _ in range(self.ranks)]
-        torch.distributed.all_gather(every, x)
-        return [e.cpu() for e in every]
-
-    def barrier(self) -> None:
-        "Wait for everyone."
-        self.accelerator.wait_for_everyone()
 
     # -- saving
     def state(self) -> dict:
@@ -188,16 +196,12 @@ class Engine:
 
 def _shape(p: Tensor) -> tuple: return tuple(getattr(p, "ds_shape", p.shape))         # of a shard: the whole parameter's
 
-def _accelerator(precision: str, timeout: float, folder: str | Path, trackers: list | tuple):
-    "accelerate's `Accelerator`: device, process group, autocast, trackers."
+def _accelerator(precision: str, folder: str | Path, trackers: list | tuple):
+    "accelerate's `Accelerator`: autocast, scaling of fp16, trackers."
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
-    from accelerate.utils import InitProcessGroupKwargs
     AcceleratorState._reset_state()                 # or a second run in one session could not choose another precision
-    gpu = torch.cuda.is_available()
-    group = [InitProcessGroupKwargs(backend="nccl" if gpu else "gloo", timeout=timedelta(seconds=timeout))] if "RANK" in os.environ else []
-    return Accelerator(mixed_precision={"fp32": "no"}.get(precision, precision), cpu=not gpu, log_with=list(trackers) or None,
-                       project_dir=str(folder), kwargs_handlers=group)
+    return Accelerator(mixed_precision={"fp32": "no"}.get(precision, precision), cpu=not torch.cuda.is_available(), log_with=list(trackers) or None, project_dir=str(folder))
 
 # %% ../../nbs/49_train.engine.ipynb #zero
 class ZeroEngine(Engine):
