@@ -75,7 +75,7 @@ def test_sde_logp_in_float64(policy, twin, prompts, i, kw):
 def test_forward_logp_and_gradient_in_float64(policy, twin, prompts):
     "Two rows of one prompt, with the same draws: minus the flow loss there; and its gradient, through the shared prompt, to weights of every kind."
     part = policy.sample(prompts[5:6], 2, gen(4), estimator="forward", draws=1).parts[0]
-    drawn = bagel.forward_draws(part.actions[:, 0], part.settings["seed"], part.rows // 2, 1, part.settings["draw_shift"])
+    drawn = bagel.forward_draws(part.actions[:, 0], part.settings["seed"], part.targets["draw"], 1, part.settings["draw_shift"])
     assert torch.equal(drawn.noise[0], drawn.noise[1])
     names = ["language_model.model.embed_tokens.weight", "language_model.model.layers.0.self_attn.k_proj.weight",
              "language_model.model.layers.0.mlp.down_proj.weight", "language_model.model.layers.1.self_attn.v_proj_moe_gen.bias",

@@ -48,11 +48,11 @@ def trainer(folder, drawing, **over):
 def test_the_trainer_hands_them_on(tmp_path, calls, monkeypatch, drawing, actions):
     t, widths = trainer(tmp_path/"a", drawing), []
     update = t._update
-    monkeypatch.setattr(t, "_update", lambda parts, adv: [widths.extend(p.actions.shape[1] for p in parts if p.kind == "image"), update(parts, adv)][1])
-    before = [p.clone() for p in t.params]
+    monkeypatch.setattr(t, "_update", lambda rollout, adv: [widths.extend(p.actions.shape[1] for p in rollout.parts if p.kind == "image"), update(rollout, adv)][1])
+    before = [p.clone() for p in t.engine.trained.values()]
     m = t.step()
     assert {k: calls[0][k] for k in drawing} == drawing and widths and set(widths) == {actions}
-    assert any(not torch.equal(a, b) for a, b in zip(before, t.params))
+    assert any(not torch.equal(a, b) for a, b in zip(before, t.engine.trained.values()))
     assert abs(m["objective/ratio_mean"] - 1) < 1e-4 and m["samples/failed"] == 0
 
 
@@ -75,7 +75,7 @@ def test_what_sampling_does_not_record_the_first_update_does(tmp_path):
                 if record and p.logp_old is None: p.logp_old = t.policy(p).detach()
             return real(parts, adv)
         t._update = update
-        metrics.append(t.step()); after.append(torch.cat([p.detach().flatten() for p in t.params]))
+        metrics.append(t.step()); after.append(torch.cat([p.detach().flatten() for p in t.engine.trained.values()]))
     assert torch.allclose(*after, atol=1e-5) and metrics[1]["objective/ratio_mean"] != 1 and metrics[1]["objective/clip_fraction"] > 0
     assert abs(metrics[0]["objective/clip_fraction"] - metrics[1]["objective/clip_fraction"]) < 1e-3
 
@@ -86,7 +86,7 @@ def test_each_kind_of_action_has_its_own_kl(tmp_path):
     def after(name, **o):
         t = trainer(tmp_path/name, drawing, objective=kl | o, optimizer=dict(lr=1e-3))
         t.step(); t.step()
-        return torch.cat([p.detach().flatten() for p in t.params])
+        return torch.cat([p.detach().flatten() for p in t.engine.trained.values()])
     both, apart = after("a", beta=3.0), after("b", beta=0.0, betas=dict(text=3.0, image=3.0))
     assert torch.equal(both, apart)
     assert not torch.equal(after("c", beta=0.0), after("d", beta=0.0, betas=dict(image=3.0)))
@@ -104,10 +104,10 @@ def test_one_start_without_stochastic_steps_is_refused(drawing):
 
 
 def test_a_reward_that_learns_is_refused_in_several_processes(tmp_path, monkeypatch):
-    from accelerate import Accelerator
+    from unify_rl.train import engine
     from unify_rl.rewards.verifiable import Reward
     learner = type("Learner", (), {"learn": lambda *a: {}, "state_dict": dict, "load_state_dict": lambda *a: None})()
-    monkeypatch.setattr(Accelerator, "num_processes", property(lambda self: 2))
+    monkeypatch.setattr(engine.Engine, "_prepare", lambda self, optimizer: setattr(self, "ranks", 2))
     cfg = from_dict(Config, dict(recipe="x", steps=1, rollout=dict(prompts=2, group_size=2, drawing=dict(estimator="forward", steps=2))))
     mine = Reward("mine", redness.judge, ("generate",), learner=learner)
     with pytest.raises(UserError, match="'mine' learns, and would learn something else in each process"):

@@ -66,19 +66,19 @@ def half(policy, part, adv_B, old):
 
 class Watched(Trainer):
     "A trainer that does each update by hand as well, just before its own step."
-    def _update(self, parts, adv):
-        self.parts, self.adv, self.old, self.by_hand, self.gaps, self.ratios = parts, adv, {}, [], [], []
-        return super()._update(parts, adv)
+    def _update(self, rollout, adv):
+        self.parts, self.adv, self.old, self.by_hand, self.gaps, self.ratios = rollout.parts, adv, {}, [], [], []
+        return super()._update(rollout, adv)
 
-    def _apply(self, jobs):
-        weights = [p for p in self.params if p.grad is not None]
+    def _step(self, passes):
+        weights = [p for p in self.engine.trained.values() if p.grad is not None]
         advantages = by_hand(self.scores, self.cfg.rollout.group_size, self.cfg.advantage.normalize)
         image, text = (next(p for p in self.parts if p.kind == kind) for kind in ("image", "text"))
         loss = (half(self.policy, image, advantages, self.old) + half(self.policy, text, advantages, self.old)) / 2
         self.by_hand.append(float(loss))
         for p, g in zip(weights, torch.autograd.grad(loss, weights)): self.gaps.append(float((p.grad - g).abs().max() / g.abs().max().clamp(min=1e-3)))
         torch.testing.assert_close(self.adv.adv_B, torch.tensor(advantages, dtype=torch.float64), atol=1e-9, rtol=1e-9)
-        return super()._apply(jobs)
+        return super()._step(passes)
 
 
 def trainer(folder, policy=None, kind=Watched, **over):

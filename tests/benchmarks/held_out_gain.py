@@ -66,6 +66,19 @@ def by_stage(out: Path, seeds: list, suites: dict, before: dict) -> dict:
     return results
 
 
+def against(other: Path, seeds: list, after: dict) -> dict:
+    "Suite -> how much better than another recipe's runs, paired over prompts and seeds. Prints a table."
+    print(f"\n| suite | better than {other.name}, 95 % interval |\n|---|---|")
+    out = {}
+    for s, results in after.items():
+        theirs = [Result.from_json((other / f"seed-{seed}-{s}.json").read_text()) for seed in seeds]
+        assert all([r["id"] for r in a.rows] == [r["id"] for r in b.rows] for a, b in zip(results, theirs)), f"{other} has other prompts of {s}"
+        ci = paired_ci(np.stack([r.values() for r in theirs]), np.stack([r.values() for r in results]))
+        out[s] = dict(change=ci.mean, ci95=[ci.lo, ci.hi])
+        print(f"| {s} | {ci.mean:+.3f} ({ci.lo:+.3f} to {ci.hi:+.3f}) |")
+    return out
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--recipe", default="grpo")
@@ -78,6 +91,7 @@ def main() -> None:
     p.add_argument("--prompts", nargs="*", default=["shapes-qa=2160"], help="suites with more prompts than usual, for narrower intervals")
     p.add_argument("--threads", type=int, default=1, help="CPU threads; sums are rounded differently with another number")
     p.add_argument("--out", default="runs/held-out-gain")
+    p.add_argument("--against", metavar="OUT", help="the --out of another recipe with the same seeds, suites and prompts: print the paired differences to it")
     a = p.parse_args()
     torch.set_num_threads(a.threads)
     out = Path(a.out)
@@ -130,6 +144,7 @@ def main() -> None:
         results["others"][name] = {s: x.overall for s, x in r.items()}
         print(f"| {name} | " + " | ".join(f"{r[s].overall:.3f}" if s in r else "–" for s in suites) + " |")
     results["stages"] = by_stage(out, a.seeds, suites, before)
+    if a.against: results["against"] = {a.against: against(Path(a.against), a.seeds, after)}
     (out / "results.json").write_text(json.dumps(results, indent=1))
 
 
