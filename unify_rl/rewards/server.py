@@ -32,10 +32,11 @@ from ..core import TASKS, Constraint, Prompt, Rollout, Scores, UserError, neares
 from .verifiable import Eyes, Reward, find_reward, make_reward
 
 # %% auto #0
-__all__ = ['TEXT', 'MAYBE', 'KINDS', 'MAX_BODY', 'MAX_PIXELS', 'MAX_ALL', 'TOKEN', 'FORMAT', 'HEADER', 'MAX_ANSWER', 'CLIENT',
-           'pack', 'unpack', 'read_json', 'Refused', 'to_png', 'from_png', 'Pictures', 'prompt_row', 'pack_request',
-           'read_prompt', 'read_request', 'Scorer', 'find_token', 'is_loopback', 'server_token', 'RewardServer',
-           'Unserved', 'Client', 'read_scores', 'remote_reward', 'served_specs', 'load_served', 'serve_rewards']
+__all__ = ['TEXT', 'MAYBE', 'KINDS', 'THREADS', 'ENCODED', 'MAX_BODY', 'MAX_PIXELS', 'MAX_ALL', 'ANSWERS', 'TOKEN', 'FORMAT',
+           'HEADER', 'MAX_ANSWER', 'CLIENT', 'pack', 'unpack', 'read_json', 'Refused', 'to_png', 'from_png', 'Recent',
+           'Pictures', 'prompt_row', 'pack_request', 'read_prompt', 'read_request', 'Scorer', 'find_token',
+           'is_loopback', 'server_token', 'RewardServer', 'Unserved', 'Client', 'read_scores', 'remote_reward',
+           'served_specs', 'load_served', 'serve_rewards']
 
 # %% ../../nbs/36_rewards.server.ipynb #pack
 def pack(x: Any) -> Any:
@@ -88,17 +89,36 @@ TEXT, MAYBE = (str,), (str, type(None))
 KINDS = dict(id=TEXT, task=TEXT, text=TEXT, category=TEXT, question=TEXT, answer=MAYBE, fact=MAYBE, pair_id=MAYBE, choices=(tuple,), key_phrases=(tuple,),
              weight=(int, float))               # a prompt's fields but for its pictures, its constraints, and meta
 
+class Recent:
+    "The newest things by key, up to a size in all; several threads may use it."
+    def __init__(self, most: int): self.most, self.held, self._things, self._lock = most, 0, OrderedDict(), threading.Lock()
+
+    def get(self, key: Any, size: int, make: Callable) -> Any:
+        "What is there under the key, or what `make` (quick) gives."
+        with self._lock:
+            if key not in self._things: self._things[key] = make(), size; self.held += size
+            self._things.move_to_end(key)
+            thing = self._things[key][0]
+            while self.held > self.most: self.held -= self._things.popitem(last=False)[1][1]
+        return thing
+
+THREADS = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "pictures")           # they start when there is something to do
+ENCODED = Recent(2**28)                                                         # futures of PNGs; their size is that of the pixels
+
 class Pictures:
     "Numbers for pictures, the same for the same pixels."
-    def __init__(self): self.pngs, self.pixels, self._at = [], 0, {}
+    def __init__(self): self.futures, self.pixels, self._at = [], 0, {}
 
     def __call__(self, image: np.ndarray | None) -> int | None:
         if image is None: return None
         key = (image.shape, hashlib.sha256(np.ascontiguousarray(image)).digest())
         if key not in self._at:
-            self._at[key] = len(self.pngs)
-            self.pngs.append(base64.b64encode(to_png(image)).decode()); self.pixels += image.shape[0] * image.shape[1]
+            self._at[key] = len(self.futures)
+            self.futures.append(ENCODED.get(key, image.nbytes, lambda: THREADS.submit(lambda: base64.b64encode(to_png(image)).decode())))
+            self.pixels += image.shape[0] * image.shape[1]
         return self._at[key]
+
+    def pngs(self) -> list[str]: return [f.result() for f in self.futures]
 
 def prompt_row(p: Prompt, image: int | None, reference: int | None) -> dict:
     "A prompt for JSON, with numbers in place of its pictures."
@@ -116,7 +136,7 @@ def pack_request(
             at[id(p)] = len(prompts)
             prompts.append(prompt_row(p, pictures(p.image), pictures(p.reference)))
         samples.append([at[id(p)], text, pictures(image)])
-    return json.dumps(dict(reward=reward, prompts=prompts, samples=samples, pictures=pictures.pngs)).encode(), pictures.pixels
+    return json.dumps(dict(reward=reward, prompts=prompts, samples=samples, pictures=pictures.pngs())).encode(), pictures.pixels
 
 # %% ../../nbs/36_rewards.server.ipynb #read
 def read_prompt(row: dict, pictures: Sequence) -> Prompt:
@@ -136,12 +156,12 @@ def _pick(things: Sequence, n: int | None) -> Any:
 
 def read_request(
     body: bytes,
-    look: Callable,             # PNG -> picture
+    look: Callable,             # PNGs -> pictures
 ) -> tuple:                     # (name of the reward, prompts_B, rollout)
     "What `pack_request` has packed; `Refused` says what is wrong."
     try:
         asked = read_json(body)
-        pictures = [look(base64.b64decode(p, validate=True)) for p in asked["pictures"]]
+        pictures = look([base64.b64decode(p, validate=True) for p in asked["pictures"]])
         prompts = [read_prompt(row, pictures) for row in asked["prompts"]]
         prompts_B = [_pick(prompts, s[0]) for s in asked["samples"]]
         texts, images = [s[1] for s in asked["samples"]], [_pick(pictures, s[2]) for s in asked["samples"]]
@@ -152,28 +172,26 @@ def read_request(
 
 # %% ../../nbs/36_rewards.server.ipynb #scorer
 MAX_BODY, MAX_PIXELS, MAX_ALL = 2**28, 2**24, 2**28      # bytes of a request, pixels of a picture, pixels of a request
+ANSWERS = 16                                             # that are remembered
 
 class Scorer:
     "Rewards, asked one at a time in one thread, with a memory for pictures and answers."
-    def __init__(self, rewards: list, max_pixels: int = MAX_PIXELS, max_all: int = MAX_ALL, memory: int = 2**28, answers: int = 16):
-        self.rewards, self.max_pixels, self.max_all, self.memory, self.keep = {r.name: r for r in rewards}, max_pixels, max_all, memory, answers
-        self.queue, self.lock = ThreadPoolExecutor(1, "scorer"), threading.Lock()
-        self._pictures, self._bytes, self._answers = OrderedDict(), 0, OrderedDict()
+    def __init__(self, rewards: list, max_pixels: int = MAX_PIXELS, max_all: int = MAX_ALL):
+        self.rewards, self.max_pixels, self.max_all = {r.name: r for r in rewards}, max_pixels, max_all
+        self.queue, self._pictures, self._answers = ThreadPoolExecutor(1, "scorer"), Recent(2**28), OrderedDict()
         for r in rewards:
             if r.attach or r.learner:
                 raise UserError(f"reward {r.name!r} cannot be served: it {'looks through the policy that is trained' if r.attach else 'learns as the policy is trained'}, which is elsewhere")
 
-    def look(self, png: bytes) -> np.ndarray:
-        "A picture; the same object for the same bytes while they are remembered."
-        key = hashlib.sha256(png).digest()
-        image = self._pictures.get(key)
-        if image is None: image = from_png(png, self.max_pixels)
-        with self.lock:
-            if key not in self._pictures: self._bytes += image.nbytes
-            image = self._pictures.setdefault(key, image)
-            self._pictures.move_to_end(key)
-            while self._bytes > self.memory: self._bytes -= self._pictures.popitem(last=False)[1].nbytes
-        return image
+    def look(self, pngs: list) -> list:
+        "Pictures; the same object for the same bytes while they are remembered."
+        total, lock = [0], threading.Lock()
+        def one(png):
+            image = from_png(png, self.max_pixels)
+            with lock: total[0] += image.shape[0] * image.shape[1]
+            if total[0] > self.max_all: raise Refused(413, f"the pictures of a request have more than {self.max_all} pixels in all")
+            return self._pictures.get(hashlib.sha256(png).digest(), image.nbytes, lambda: image)
+        return list(THREADS.map(one, pngs))
 
     def find(self, name: str) -> Reward:
         if name not in self.rewards: raise Refused(404, f"there is no reward {name[:80]!r} here. {nearest(name[:80], self.rewards)}")
@@ -181,18 +199,12 @@ class Scorer:
 
     def score(self, body: bytes) -> dict:
         "Answer to /score."
-        total = [0]
-        def look(png):
-            image = self.look(png)
-            total[0] += image.shape[0] * image.shape[1]
-            if total[0] > self.max_all: raise Refused(413, f"the pictures of a request have more than {self.max_all} pixels in all")
-            return image
-        name, prompts_B, rollout = read_request(body, look)
+        name, prompts_B, rollout = read_request(body, self.look)
         return self.queue.submit(self._once, hashlib.sha256(body).digest(), self.find(name), prompts_B, rollout).result()
 
     def _once(self, key: bytes, reward: Reward, prompts_B: list, rollout: Rollout) -> dict:
         if key not in self._answers: self._answers[key] = _said(reward, lambda: _numbers(reward(prompts_B, rollout), len(rollout)))
-        while len(self._answers) > self.keep: self._answers.popitem(last=False)
+        while len(self._answers) > ANSWERS: self._answers.popitem(last=False)
         return self._answers[key]
 
     def check(self, body: bytes) -> dict:
