@@ -16,6 +16,7 @@ import json
 import math
 import os
 import secrets
+import sys
 import threading
 import time
 from collections import OrderedDict
@@ -282,7 +283,7 @@ class RewardServer:
         self.http.owner, self._count = self, threading.Lock()
         self.url = f"http://{host}:{self.http.server_address[1]}"
 
-    def forever(self) -> None: self.http.serve_forever(0.1)
+    def forever(self) -> None: self.http.serve_forever(0.02)
 
     def __enter__(self):
         threading.Thread(target=self.forever, daemon=True).start()
@@ -338,8 +339,8 @@ class _Handler(BaseHTTPRequestHandler):
         except (ConnectionError, TimeoutError): return owner.count("a client went away in the middle of its question")
         except Exception as e: status, said = 500, dict(error=f"the server failed: {type(e).__name__}: {str(e)[:300]}")      # a bug, and no reason to die
         owner.count(said["error"] if status != 200 else "")
-        self._drop(owner.max_body)
         self._send(status, json.dumps(said).encode(), "application/json")
+        self._drop(owner.max_body)
 
     def _let_in(self, owner: RewardServer) -> None:
         "Refuse a client, or know how long its body is."
@@ -352,7 +353,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.unread > owner.max_body: raise Refused(413, f"a request of {length} bytes; the limit is {owner.max_body}")
 
     def _drop(self, most: int) -> None:
-        "Read and forget what a refused client still sends, or it would not hear why."
+        "Read and forget what a refused client still sends: to hang up on it would lose the answer on its way."
         left = min(self.unread, most)
         while left > 0 and (got := len(self.rfile.read(min(left, 2**16)))): left -= got
 
@@ -429,7 +430,7 @@ def read_scores(said: dict, n: int) -> Scores:
     values, reasons = said.get("values"), said.get("reasons")
     if not isinstance(values, list) or not isinstance(reasons, list): raise Unserved(f"its answer has no values and reasons, but {str(said)[:80]}")
     if not len(values) == len(reasons) == n: raise Unserved(f"it gave {len(values)} values and {len(reasons)} reasons for {n} samples")
-    number = lambda v: type(v) in (int, float) and abs(v) <= np.finfo(float).max
+    number = lambda v: type(v) in (int, float) and abs(v) <= sys.float_info.max
     for v in values:
         if not (v is None or number(v)): raise Unserved(f"it gave the value {str(v)[:40]!r}, which is neither a finite number nor null")
     for r in reasons:
