@@ -126,18 +126,25 @@ def test_a_failed_sample_is_null_and_costs_no_other():
     assert t.scores_RB[0].isnan().tolist() == [True, True] + [False] * 4 and t.errors == {"shaky": 2} and "ZeroDivisionError" in t.reasons[0][0]
 
 
-def test_two_rewards_that_share_a_detector_never_meet():
-    "With a second scoring thread, one reward would read the other's detections."
-    def slow(images, world): time.sleep(0.01); return detect_templates(images, world)
-    eyes, alone = Eyes(slow), Eyes()
-    names, batches = ("constraints", "strict"), [outputs(PROMPTS[:3][i:] + PROMPTS[:i]) for i in range(3)]
-    want = {n: [REWARDS[n](alone)(*b).values.tolist() for b in batches] for n in names}
-    scorer, got = Scorer([REWARDS[n](eyes) for n in names]), {n: [None] * 3 for n in names}
-    def ask(n, i): got[n][i] = scorer.score(pack_request(n, *batches[i])[0])["values"]
-    threads = [threading.Thread(target=ask, args=(n, i)) for i in range(3) for n in names]
-    for t in threads: t.start()
-    for t in threads: t.join()
-    assert got == want
+def test_rewards_of_one_server_never_work_at_once():
+    "They may share a detector, a referee, a GPU."
+    inside, most = [], []
+    def judge(prompts_B, rollout):
+        inside.append(1); time.sleep(0.05); most.append(len(inside)); inside.pop()
+        return Scores(np.ones(len(rollout)), [""] * len(rollout))
+    with serving(Reward("a", judge, ALL), Reward("b", judge, ALL)) as server:
+        t = score(asked_at(server, "a", "b"), *DRAWN)
+    assert t.scores_RB.tolist() == [[1.0] * 6] * 2 and most == [1, 1]
+
+
+def test_rewards_of_one_server_share_a_look():
+    "The second request about the same pictures brings the same arrays, so that a detector with a memory looks once."
+    looks = []
+    def look(images, world): looks.append(len(images)); return detect_templates(images, world)
+    eyes = Eyes(look)
+    with serving(*(REWARDS[n](eyes) for n in ("constraints", "strict"))) as server:
+        t = score(asked_at(server, "constraints", "strict"), *DRAWN)
+    assert looks == [6] and t.errors == {}
 
 
 def test_a_reward_that_covers_some_prompts_covers_them_from_afar_too():

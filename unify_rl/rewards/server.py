@@ -16,6 +16,7 @@ import json
 import math
 import os
 import secrets
+import socket
 import sys
 import threading
 import time
@@ -565,9 +566,10 @@ def serve_rewards(
     server_token(host, given)                                                   # said before models are loaded
     rewards, settings = load_served(served_specs(names, config), device)
     server = RewardServer(rewards, host, port, given, settings, device)
-    say(f"serving {', '.join(settings)} ({device}) at {server.url}")
+    url = server.url.replace("//0.0.0.0:", f"//{socket.gethostname()}:")          # every address of this machine
+    say(f"serving {', '.join(settings)} ({device}) at {url}")
     if not given: say(f"token   export {TOKEN}={server.token}")
-    say(f"use     unify_rl train RECIPE rewards.{rewards[0].name}.settings.url={server.url}\nstop    Ctrl-C", flush=True)
+    say(f"use     unify_rl train RECIPE rewards.{rewards[0].name}.settings.url={url}\nstop    Ctrl-C", flush=True)
     try: server.forever()
     except KeyboardInterrupt: say(f"stopped after {server.requests} requests, {server.errors} of them errors")
     finally: server.close()
