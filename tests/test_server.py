@@ -245,9 +245,10 @@ def test_token_files(tmp_path, monkeypatch):
     monkeypatch.delenv(TOKEN)
     (tmp_path/"token").write_text(f"{SECRET}\n")
     (tmp_path/"empty").write_text("\n")
+    (tmp_path/"lines").write_text(f"{SECRET}\n{SECRET}\n")
     with serving(paying()) as server:
         asked_at(server, "paying", token_file=str(tmp_path/"token"))
-        for name, words in (("none", "cannot be read"), ("empty", "is empty")):
+        for name, words in (("none", "cannot be read"), ("empty", "is empty"), ("lines", "lines is not one line of plain")):
             with pytest.raises(UserError, match=words): asked_at(server, "paying", token_file=str(tmp_path/name))
 
 

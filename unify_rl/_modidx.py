@@ -1164,6 +1164,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'unify_rl.rewards.server._outline': ('rewards.server.html#_outline', 'unify_rl/rewards/server.py'),
                                          'unify_rl.rewards.server._pick': ('rewards.server.html#_pick', 'unify_rl/rewards/server.py'),
                                          'unify_rl.rewards.server._pieces': ('rewards.server.html#_pieces', 'unify_rl/rewards/server.py'),
+                                         'unify_rl.rewards.server._plain': ('rewards.server.html#_plain', 'unify_rl/rewards/server.py'),
                                          'unify_rl.rewards.server._problem': ('rewards.server.html#_problem', 'unify_rl/rewards/server.py'),
                                          'unify_rl.rewards.server._said': ('rewards.server.html#_said', 'unify_rl/rewards/server.py'),
                                          'unify_rl.rewards.server._understand': ( 'rewards.server.html#_understand',

@@ -34,9 +34,9 @@ from ..core import TASKS, Constraint, Prompt, Rollout, Scores, UserError, neares
 from .verifiable import Eyes, Reward, find_reward, make_reward
 
 # %% auto #0
-__all__ = ['TEXT', 'MAYBE', 'KINDS', 'THREADS', 'ENCODED', 'MAX_BODY', 'MAX_PIXELS', 'MAX_ALL', 'ANSWERS', 'TOKEN', 'FORMAT',
-           'HEADER', 'MAX_ANSWER', 'CLIENT', 'pack', 'unpack', 'read_json', 'Refused', 'to_png', 'from_png', 'Recent',
-           'Pictures', 'prompt_row', 'pack_request', 'read_prompt', 'read_request', 'Scorer', 'find_token',
+__all__ = ['TEXT', 'MAYBE', 'KINDS', 'THREADS', 'ENCODED', 'MAX_BODY', 'MAX_PIXELS', 'MAX_ALL', 'ANSWERS', 'TOKEN', 'PLAIN',
+           'FORMAT', 'HEADER', 'MAX_ANSWER', 'CLIENT', 'pack', 'unpack', 'read_json', 'Refused', 'to_png', 'from_png',
+           'Recent', 'Pictures', 'prompt_row', 'pack_request', 'read_prompt', 'read_request', 'Scorer', 'find_token',
            'is_loopback', 'server_token', 'RewardServer', 'Unserved', 'Client', 'read_scores', 'remote_reward',
            'served_specs', 'load_served', 'serve_rewards']
 
@@ -241,11 +241,15 @@ TOKEN = "UNIFY_RL_REWARD_TOKEN"
 
 def find_token(token_file: str = "", token_env: str = TOKEN) -> str:
     "The secret that client and server share, from a file or the environment; '' if there is none."
-    if not token_file: return os.environ.get(token_env, "").strip()
-    try: token = Path(token_file).expanduser().read_text(encoding="utf-8").strip()
+    try: token = Path(token_file).expanduser().read_text(encoding="utf-8").strip() if token_file else os.environ.get(token_env, "").strip()
     except (OSError, UnicodeDecodeError) as e: raise UserError(f"the token file {token_file} cannot be read: {getattr(e, 'strerror', None) or e}") from None
-    if not token: raise UserError(f"the token file {token_file} is empty; write a long secret into it")
+    if token_file and not token: raise UserError(f"the token file {token_file} is empty; write a long secret into it")
+    if not _plain(token): raise UserError(f"the token in {token_file or token_env} is not one line of {PLAIN}")
     return token
+
+PLAIN = "plain letters, digits and signs"
+
+def _plain(token: str) -> bool: return token.isascii() and token.isprintable() and " " not in token
 
 def is_loopback(host: str) -> bool:
     "Does this address reach only programs on the same machine?"
@@ -257,8 +261,8 @@ def server_token(host: str, token: str) -> str:
     if not token and not is_loopback(host):
         raise UserError(f"host {host} lets other machines in, so it needs a token of your choosing: set {TOKEN}, or name a token file")
     token = token or secrets.token_urlsafe(32)
-    if len(token) < 16 or not token.isascii() or not token.isprintable() or " " in token:
-        raise UserError("the token must be at least 16 plain letters, digits and signs; python -c 'import secrets; print(secrets.token_urlsafe())' makes one")
+    if len(token) < 16 or not _plain(token):
+        raise UserError(f"the token must be at least 16 {PLAIN}; python -c 'import secrets; print(secrets.token_urlsafe())' makes one")
     return token
 
 # %% ../../nbs/36_rewards.server.ipynb #http
