@@ -88,8 +88,9 @@ def test_every_reward_gives_the_same_there_as_here():
 
 
 def test_a_request_is_read_as_it_was_written():
-    odd = Prompt("ü/\ud800", "generate", "a \x00 b", "c", drawing("odd"), (Constraint("kept", dict(box=(1, 2, 3.5, -0.0), deep=[(1,), [None, {"a": ()}]], n=np.int64(3), yes=True)),),
-                 "?", "", (), None, ("red",), "f", "pair", 0.1 + 0.2, dict(secret="not sent"))
+    params = dict(box=(1, 2, 3.5, -0.0), deep=[(1,), [None, {"a": ()}]], n=np.int64(3), yes=True)
+    odd = Prompt("ü/\ud800", "generate", "a \x00 b", "c", drawing("odd"), (Constraint("kept", params),), "?", "", (), None, ("red",), "f", "pair",
+                 0.1 + 0.2, dict(secret="not sent"))
     prompts = [*PROMPTS, odd]
     prompts_B, rollout = outputs(prompts)
     rollout.texts[-1] = "line\nline\u2028 😀 \udc00"
@@ -306,7 +307,8 @@ def test_nothing_is_unpickled(tmp_path):
     pickle.loads(loaded); assert (tmp_path/"made").exists()                               # it would have gone off
 
 
-BROKEN = [b"", b"null", b"[]", b"3", b'"text"', b"{}", b"[" * 100_000, b'{"reward": "paying", "prompts": [], "samples": [], "pictures": []}', b"\xff\xfe", b"{" + b'"a":' * 3000]
+BROKEN = [b"", b"null", b"[]", b"3", b'"text"', b"{}", b"[" * 100_000, b'{"reward": "paying", "prompts": [], "samples": [], "pictures": []}',
+          b"\xff\xfe", b"{" + b'"a":' * 3000]
 
 @pytest.mark.parametrize("body", BROKEN, ids=range(len(BROKEN)))
 def test_a_body_that_makes_no_sense_is_refused(body):
@@ -320,7 +322,8 @@ def test_a_png_that_is_none_and_one_that_is_gray():
     def png(mode, kind="PNG"): out = io.BytesIO(); Image.new(mode, (24, 24)).save(out, kind); return base64.b64encode(out.getvalue()).decode()
     asked = json.loads(pack_request("paying", *DRAWN)[0])
     with serving(paying()) as server:
-        for bad, words in ((png("L"), "mode L, not RGB"), (png("RGBA"), "mode RGBA"), (png("RGB", "GIF"), "no PNG"), (png("RGB")[:40], "no PNG"), ("****", "not a request"), (5, "not a request")):
+        for bad, words in ((png("L"), "mode L, not RGB"), (png("RGBA"), "mode RGBA"), (png("RGB", "GIF"), "no PNG"), (png("RGB")[:40], "no PNG"),
+                           ("****", "not a request"), (5, "not a request")):
             status, text, _ = speak(server, "POST", "/score", json.dumps(asked | dict(pictures=[bad] * len(asked["pictures"]))))
             assert status == 400 and words in text
 
@@ -339,9 +342,11 @@ def closed_port():
 
 @pytest.mark.parametrize("settings, words", [
     (dict(url="http://127.0.0.1:9/x y"), "cannot be asked"), (dict(url="127.0.0.1:8000"), "is not the address"), (dict(url="ftp://a"), "is not the address"),
-    (dict(url="http://"), "is not the address"), (dict(url="http://a:port"), "is not the address"), (dict(url=5), "is not the address"), (dict(url="http://no-such-host.invalid"), "cannot be asked"),
-    (dict(timeout=0), "timeout is 0"), (dict(timeout="5"), "timeout is '5'"), (dict(retries=-1), "retries is -1"), (dict(retries=1.5), "retries is 1.5"), (dict(timout=3), "Did you mean 'timeout'"),
-    (dict(form="dense"), "form='dense', but the server .* has form='global'"), (dict(reward="hue"), "no reward 'hue'. Did you mean 'hues'"), (dict(model="x"), "has no setting 'model'")])
+    (dict(url="http://"), "is not the address"), (dict(url="http://a:port"), "is not the address"), (dict(url=5), "is not the address"),
+    (dict(timeout=0), "timeout is 0"), (dict(timeout="5"), "timeout is '5'"), (dict(retries=-1), "retries is -1"), (dict(retries=1.5), "retries is 1.5"),
+    (dict(timout=3), "Did you mean 'timeout'"),
+    (dict(form="dense"), "form='dense', but the server .* has form='global'"), (dict(reward="hue"), "no reward 'hue'. Did you mean 'hues'"),
+    (dict(model="x"), "has no setting 'model'")])
 def test_what_cannot_work_is_said_before_a_run(settings, words):
     with serving(paying("hues"), settings=dict(hues=dict(form="global"))) as server:
         asked_at(server, "hues", form="global", device="cuda:9")                           # the device is the server's business
@@ -392,7 +397,8 @@ class misbehaving:
     def __exit__(self, *_): self.door.close()
 
 
-HEALTH = answer(json.dumps(dict(format=FORMAT, rewards=dict(far=dict(tasks=list(ALL), cost="cheap", checks=False, covers=False, settings={})), limits=dict(body=2**20, pixels=2**20, all_pixels=2**20))))
+ABOUT = dict(tasks=list(ALL), cost="cheap", checks=False, covers=False, settings={})
+HEALTH = answer(json.dumps(dict(format=FORMAT, rewards=dict(far=ABOUT), limits=dict(body=2**20, pixels=2**20, all_pixels=2**20))))
 GOOD = answer(json.dumps(dict(values=[0, 1.5, None, 1, 1, 1], reasons=list("abcdef"))))
 said = lambda **k: answer(json.dumps(dict(dict(values=[1.0] * 6, reasons=[""] * 6), **k)))
 
@@ -402,8 +408,7 @@ def table_of(*acts, retries=2, timeout=5, on_error="mask"):
     server = misbehaving(HEALTH, *acts)
     with server as url:
         far = remote_reward("far", url, retries=retries, timeout=timeout)
-        try: return score([far], *DRAWN, on_error), server.played - 1
-        finally: server.last = server.played
+        return score([far], *DRAWN, on_error), server.played - 1
 
 
 @pytest.fixture
@@ -411,30 +416,51 @@ def no_wait(monkeypatch): monkeypatch.setattr(S.time, "sleep", lambda s: None)
 
 
 WRONG = {
-    "too few": (said(values=[1.0]), "it gave 1 values and 6 reasons for 6 samples"), "too many": (said(values=[1.0] * 7, reasons=[""] * 7), "7 values and 7 reasons for 6"),
-    "no reasons": (answer('{"values": [1,1,1,1,1,1]}'), "no values and reasons"), "text": (said(values=["1"] * 6), "the value '1', which is neither"), "bool": (said(values=[True] * 6), "the value 'True'"),
-    "nested": (said(values=[[1.0]] * 6), "neither a finite"), "NaN": (answer('{"values": [NaN,1,1,1,1,1], "reasons": ["","","","","",""]}'), "NaN is not JSON"),
-    "infinity": (answer('{"values": [-Infinity,1,1,1,1,1], "reasons": ["","","","","",""]}'), "-Infinity is not JSON"), "1e999": (answer('{"values": [1e999,1,1,1,1,1], "reasons": ["","","","","",""]}'), "neither a finite"),
-    "huge integer": (said(values=[10**400] * 6), "neither a finite"), "odd reason": (said(reasons=[5] * 6), "the reason '5', which is no text"), "a list": (answer("[1, 2]"), r"no mapping: b'\[1, 2\]'"),
-    "not JSON": (answer("<html>hello</html>"), "not JSON: b'<html>hello"), "empty": (answer(""), "not JSON: b''"), "someone else": (answer("{}", header="Server: nginx"), "not as a reward server \\(status 200"),
-    "another version": (answer("{}", header=f"{HEADER}: 2"), "format '2' of Unify-RL-Rewards, not 1"), "moved": (answer("", 302, "Location: http://example.org/"), "not as a reward server \\(status 302"),
-    "token changed": (answer('{"error": "the token is missing or wrong"}', 401), "status 401: the token is missing or wrong"), "unknown reward": (answer('{"error": "gone"}', 404), "status 404: gone"),
-    "huge": ([answer("", length=2**40), bytes(2**21)], "larger than 1048576 bytes"), "not HTTP, but an answer": (answer("x" * 300, header="A: b"), "not as a reward server")}
+    "too few": (said(values=[1.0]), "it gave 1 values and 6 reasons for 6 samples"),
+    "too many": (said(values=[1.0] * 7, reasons=[""] * 7), "7 values and 7 reasons for 6"),
+    "no reasons": (answer('{"values": [1,1,1,1,1,1]}'), "no values and reasons"),
+    "text": (said(values=["1"] * 6), "the value '1', which is neither"),
+    "bool": (said(values=[True] * 6), "the value 'True'"),
+    "nested": (said(values=[[1.0]] * 6), "neither a finite"),
+    "NaN": (answer('{"values": [NaN,1,1,1,1,1], "reasons": ["","","","","",""]}'), "NaN is not JSON"),
+    "infinity": (answer('{"values": [-Infinity,1,1,1,1,1], "reasons": ["","","","","",""]}'), "-Infinity is not JSON"),
+    "1e999": (answer('{"values": [1e999,1,1,1,1,1], "reasons": ["","","","","",""]}'), "neither a finite"),
+    "huge integer": (said(values=[10**400] * 6), "neither a finite"),
+    "odd reason": (said(reasons=[5] * 6), "the reason '5', which is no text"),
+    "a list": (answer("[1, 2]"), r"no mapping: b'\[1, 2\]'"),
+    "not JSON": (answer("<html>hello</html>"), "not JSON: b'<html>hello"),
+    "empty": (answer(""), "not JSON: b''"),
+    "someone else": (answer("{}", header="Server: nginx"), "not as a reward server \\(status 200"),
+    "another version": (answer("{}", header=f"{HEADER}: 2"), "format '2' of Unify-RL-Rewards, not 1"),
+    "moved": (answer("", 302, "Location: http://example.org/"), "not as a reward server \\(status 302"),
+    "token changed": (answer('{"error": "the token is missing or wrong"}', 401), "status 401: the token is missing or wrong"),
+    "unknown reward": (answer('{"error": "gone"}', 404), "status 404: gone"),
+    "huge": ([answer("", length=2**40), bytes(2**21)], "larger than 1048576 bytes"),
+    "not HTTP, but an answer": (answer("x" * 300, header="A: b"), "not as a reward server"),
+}
 
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_answer_is_a_failure_that_says_what_came(name, monkeypatch, no_wait):
     act, words = WRONG[name]
     monkeypatch.setattr(S, "MAX_ANSWER", 2**20)
     table, asked = table_of(act)
-    assert table.scores_RB.isnan().all() and table.applies_RB.all() and table.errors == {"far": 6} and re.search(words, table.notes[0]) and re.search(words, table.reasons[0][5])
+    assert table.scores_RB.isnan().all() and table.applies_RB.all() and table.errors == {"far": 6}
+    assert re.search(words, table.notes[0]) and re.search(words, table.reasons[0][5])
     assert "http://127.0.0.1" in table.notes[0] and asked == 1                            # to ask again would not help
     with pytest.raises(UserError, match=f"failed on 6 of 6 samples: .*{words}.*set on_error=mask"): table_of(act, on_error="stop")
 
 
-AGAIN = {"hangs up": (None, "closed|reset|disconnected|RemoteDisconnected"), "breaks off": (answer("{", length=99), "broke off after 1 of 99 bytes"), "503": (answer('{"error": "busy"}', 503), "status 503: busy"),
-         "500": (answer('{"error": "reward \'far\' raised RuntimeError: out of memory"}', 500), "status 500: reward 'far' raised RuntimeError: out of memory"),
-         "a proxy's 502": (answer("<html>", 502, "Server: nginx"), "not as a reward server \\(status 502"), "429": (answer('{"error": "slowly"}', 429), "status 429"), "not HTTP": (b"SSH-2.0-OpenSSH\r\n", "BadStatusLine"),
-         "slow": (1.0, "no answer within 0.4 s"), "drips": ([answer("", length=99)] + [0.15, b" "] * 8, "no answer within 0.4 s")}
+AGAIN = {
+    "hangs up": (None, "closed|reset|disconnected|RemoteDisconnected"),
+    "breaks off": (answer("{", length=99), "broke off after 1 of 99 bytes"),
+    "503": (answer('{"error": "busy"}', 503), "status 503: busy"),
+    "500": (answer('{"error": "reward \'far\' raised RuntimeError: out of memory"}', 500), "status 500: reward 'far' raised RuntimeError: out of memory"),
+    "a proxy's 502": (answer("<html>", 502, "Server: nginx"), "not as a reward server \\(status 502"),
+    "429": (answer('{"error": "slowly"}', 429), "status 429"),
+    "not HTTP": (b"SSH-2.0-OpenSSH\r\n", "BadStatusLine"),
+    "slow": (1.0, "no answer within 0.4 s"),
+    "drips": ([answer("", length=99)] + [0.15, b" "] * 8, "no answer within 0.4 s"),
+}
 
 @pytest.mark.parametrize("name", AGAIN)
 def test_a_server_that_may_recover_is_asked_again_but_not_for_ever(name, monkeypatch):
@@ -466,7 +492,8 @@ def test_a_scorer_that_raises_is_named_and_the_server_lives_on(no_wait):
     def odd(prompts_B, rollout): raise RuntimeError("out of memory")
     with serving(Reward("odd", odd, ALL), Reward("mute", lambda p, r: [1.0] * len(r), ALL), Reward("short", lambda p, r: Scores([1.0], [""]), ALL), paying()) as server:
         t = score(asked_at(server, "odd", "mute", "short", "paying"), *DRAWN)
-        assert t.errors == dict(odd=6, mute=6, short=6) and t.scores_RB[3].tolist() == [1.0] * 6 and server.health()["errors"] == 12 and "raised" in server.health()["last_error"]
+        assert t.errors == dict(odd=6, mute=6, short=6) and t.scores_RB[3].tolist() == [1.0] * 6
+        assert server.health()["errors"] == 12 and "raised" in server.health()["last_error"]
     for note, words in zip(t.notes, ("reward 'odd' raised RuntimeError: out of memory", "it returned list, not Scores", "1 values for 6 samples")): assert words in note
 
 
@@ -579,8 +606,8 @@ NAMES = ("constraints", "semantic", "accuracy", "format")
 
 def trained(tiny, run_dir, rewards, **settings):
     run = R.train("grpo", tiny, run_dir=run_dir, progress=False, prompts=[*draw_prompts("train", 6), *question_prompts("train", 4)], steps=3, seed=1, threads=1,
-                  overrides=[f"rewards={json.dumps(rewards)}"], **{"rollout.prompts": 3, "rollout.group_size": 3, "rollout.max_text": 4, "optimizer.lr": 1e-3, "evaluate.suites": [],
-                  "log.groups_every": 1, "data.tasks": dict(generate=0.5, answer=0.5)} | settings)
+                  overrides=[f"rewards={json.dumps(rewards)}"], **{"rollout.prompts": 3, "rollout.group_size": 3, "rollout.max_text": 4, "optimizer.lr": 1e-3,
+                  "evaluate.suites": [], "log.groups_every": 1, "data.tasks": dict(generate=0.5, answer=0.5)} | settings)
     return run, [{k: v for k, v in m.items() if not k.startswith("seconds/")} for m in read_metrics(run.dir)]
 
 
@@ -618,14 +645,17 @@ def test_a_training_whose_server_dies_midway_ends_as_on_error_says(tiny, tmp_pat
 # -- the command ---------------------------------------------------------------------------------------------------
 
 def test_the_command_serves_until_it_is_interrupted(tmp_path):
-    (tmp_path/"mine.yaml").write_text("rewards:\n- {name: accuracy, weight: 2.0, settings: {url: 'http://a:1', timeout: 9, maths: false}}\n- {name: mine, settings: {url: 'http://a:1', reward: strict}}\n- {name: tim}\n")
+    (tmp_path/"mine.yaml").write_text("rewards:\n- {name: accuracy, weight: 2.0, settings: {url: 'http://a:1', timeout: 9, maths: false}}\n"
+                                    "- {name: mine, settings: {url: 'http://a:1', reward: strict}}\n- {name: tim}\n")
     code = f"from unify_rl.rewards.server import serve_rewards; serve_rewards(['accuracy', 'strict'], config={str(tmp_path/'mine.yaml')!r}, port=0)"
     env = {k: v for k, v in os.environ.items() if k != TOKEN} | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    it = subprocess.Popen([sys.executable, "-c", "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); " + code], stdout=subprocess.PIPE, text=True, env=env)
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); " + code         # it may be ignored, as in a background job
+    it = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=env)
     try:
         lines = [it.stdout.readline().strip() for _ in range(4)]
         url = lines[0].rpartition(" ")[2]
-        assert lines[0].startswith("serving accuracy, strict (cpu) at http://127.0.0.1:") and lines[2] == f"use     unify_rl train RECIPE rewards.accuracy.settings.url={url}"
+        assert lines[0].startswith("serving accuracy, strict (cpu) at http://127.0.0.1:")
+        assert lines[2] == f"use     unify_rl train RECIPE rewards.accuracy.settings.url={url}"
         os.environ["MADE"] = re.fullmatch(rf"token   export {TOKEN}=(\S+)", lines[1])[1]
         assert asked_at(url, "accuracy", token_env="MADE", maths=False)[0].tasks == ("answer", "joint")
         with pytest.raises(UserError, match="maths=True, but the server"): asked_at(url, "accuracy", token_env="MADE", maths=True)
@@ -635,8 +665,10 @@ def test_the_command_serves_until_it_is_interrupted(tmp_path):
 
 
 @pytest.mark.parametrize("text, names, words", [
-    ("rewards: [{name: strict}]", ["strickt"], "Did you mean 'strict'"), ("rewards: {name: strict}", [], "expected a list `rewards`"), ("steps: 3", [], "expected a list"), ("- 3", [], "expected a list"),
-    ("rewards: [{weight: 1}]", [], "expected a list"), ("a: [", [], "cannot be read"), ("rewards: []", [], "which rewards"), ("rewards: [{name: nobody}]", [], "unknown reward 'nobody'"),
+    ("rewards: [{name: strict}]", ["strickt"], "Did you mean 'strict'"), ("rewards: {name: strict}", [], "expected a list `rewards`"),
+    ("steps: 3", [], "expected a list"), ("- 3", [], "expected a list"),
+    ("rewards: [{weight: 1}]", [], "expected a list"), ("a: [", [], "cannot be read"), ("rewards: []", [], "which rewards"),
+    ("rewards: [{name: nobody}]", [], "unknown reward 'nobody'"),
     ("rewards: [{name: semantic, settings: {modle: x}}]", [], "no setting 'modle'")])
 def test_bad_configurations_of_a_server(text, names, words, tmp_path):
     (tmp_path/"c.yaml").write_text(text)

@@ -167,7 +167,8 @@ def read_request(
         prompts = [read_prompt(row, pictures) for row in asked["prompts"]]
         prompts_B = [_pick(prompts, s[0]) for s in asked["samples"]]
         texts, images = [s[1] for s in asked["samples"]], [_pick(pictures, s[2]) for s in asked["samples"]]
-        if not prompts_B or not all(isinstance(t, MAYBE) for t in texts) or not all(isinstance(p, Prompt) for p in prompts_B): raise ValueError("no samples, or odd ones")
+        whole = all(isinstance(p, Prompt) for p in prompts_B) and all(isinstance(t, MAYBE) for t in texts)
+        if not prompts_B or not whole: raise ValueError("no samples, or odd ones")
         return str(asked["reward"]), prompts_B, Rollout(prompts_B, 1, [], texts, images)
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as e:
         raise Refused(400, f"not a request that this server understands: {type(e).__name__}: {str(e)[:300]}") from None
@@ -183,7 +184,8 @@ class Scorer:
         self.queue, self._pictures, self._answers = ThreadPoolExecutor(1, "scorer"), Recent(2**28), OrderedDict()
         for r in rewards:
             if r.attach or r.learner:
-                raise UserError(f"reward {r.name!r} cannot be served: it {'looks through the policy that is trained' if r.attach else 'learns as the policy is trained'}, which is elsewhere")
+                does = "looks through the policy that is trained" if r.attach else "learns as the policy is trained"
+                raise UserError(f"reward {r.name!r} cannot be served: it {does}, which is elsewhere")
 
     def look(self, pngs: list) -> list:
         "Pictures; the same object for the same bytes while they are remembered."
@@ -284,7 +286,8 @@ class RewardServer:
         self.token, self.settings, self.device, self.max_body = server_token(host, token), settings or {}, device, max_body
         self.scorer, self.began, self.requests, self.errors, self.last_error = Scorer(rewards, max_pixels, max_all), time.time(), 0, 0, ""
         try: self.http = _Http((host, port), _Handler)
-        except (OSError, OverflowError) as e: raise UserError(f"cannot serve at {host}:{port}: {getattr(e, 'strerror', None) or e}. Choose another --port or --host") from None
+        except (OSError, OverflowError) as e:
+            raise UserError(f"cannot serve at {host}:{port}: {getattr(e, 'strerror', None) or e}. Choose another --port or --host") from None
         self.http.owner, self._count = self, threading.Lock()
         self.url = f"http://{host}:{self.http.server_address[1]}"
 
@@ -364,7 +367,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, status: int, body: bytes, kind: str) -> None:
         self.send_response(status)
-        for k, v in {"Content-Type": kind, "Content-Length": str(len(body)), HEADER: FORMAT, "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}.items(): self.send_header(k, v)
+        headers = {"Content-Type": kind, "Content-Length": str(len(body)), HEADER: FORMAT, "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+        for k, v in headers.items(): self.send_header(k, v)
         self.end_headers()
         self.wfile.write(body)
 
@@ -381,7 +385,8 @@ class Client:
     def __init__(self, url: str, token: str = "", timeout: float = 60.0, retries: int = 3, wait: float = 0.5):
         try: where, port = urlsplit(url), urlsplit(url).port
         except (ValueError, AttributeError, TypeError): where = urlsplit("")
-        if where.scheme not in ("http", "https") or not where.hostname: raise UserError(f"{url!r} is not the address of a reward server; one looks like http://127.0.0.1:8000")
+        if where.scheme not in ("http", "https") or not where.hostname:
+            raise UserError(f"{url!r} is not the address of a reward server; one looks like http://127.0.0.1:8000")
         self.url, self.token, self.timeout, self.retries, self.wait = url.rstrip("/"), token, timeout, retries, wait
         self._prefix, self._open = where.path.rstrip("/"), dict(http=http.client.HTTPConnection, https=http.client.HTTPSConnection)[where.scheme]
         self._where = where.hostname, port
@@ -426,7 +431,8 @@ def _understand(got, raw: bytes) -> dict:
     try: said = read_json(raw)
     except ValueError as e: raise Unserved(f"its answer is not JSON: {begin} ({e})"[:300], got.status, again) from None
     if got.status != 200: raise Unserved(f"status {got.status}: {said.get('error') if isinstance(said, dict) else begin}"[:700], got.status, again)
-    if got.headers[HEADER] != FORMAT: raise Unserved(f"it speaks format {got.headers[HEADER][:20]!r} of {HEADER}, not {FORMAT}; client and server need the same version of this package", 200)
+    if (theirs := got.headers[HEADER]) != FORMAT:
+        raise Unserved(f"it speaks format {theirs[:20]!r} of {HEADER}, not {FORMAT}; client and server need the same version of this package", 200)
     if not isinstance(said, dict): raise Unserved(f"its answer is no mapping: {begin}", 200)
     return said
 
@@ -481,8 +487,8 @@ def _introduce(client: Client, name: str, there: str, own: dict, token: str) -> 
     "(what the server says of the reward, its limits), or a `UserError` before anything is loaded."
     try: health = client.ask("/health", retries=0)
     except Unserved as e:
-        hint = {401: f"Set {token} to the token that the server printed or was given", 0: "Start one with: unify_rl serve-rewards --rewards " + there}.get(e.status, "Check the address")
-        raise UserError(f"reward {name!r} cannot be asked at {e}. {hint}") from None
+        hints = {401: f"Set {token} to the token that the server printed or was given", 0: f"Start one with: unify_rl serve-rewards --rewards {there}"}
+        raise UserError(f"reward {name!r} cannot be asked at {e}. {hints.get(e.status, 'Check the address')}") from None
     try:
         about, limits, others = health["rewards"].get(there), {k: int(health["limits"][k]) for k in ("body", "all_pixels")}, list(health["rewards"])
         if about is None: raise UserError(f"the reward server {client.url} has no reward {there!r}. {nearest(there, others)}")
@@ -493,7 +499,8 @@ def _introduce(client: Client, name: str, there: str, own: dict, token: str) -> 
         raise UserError(f"the reward server {client.url} gives no account of its rewards that can be understood ({type(e).__name__}: {e})") from None
     for k, v in json.loads(json.dumps({k: v for k, v in own.items() if k != "device"})).items():
         if k not in has: raise UserError(f"reward {name!r}, asked at {client.url}, has no setting {k!r}. {nearest(str(k), [*has, *CLIENT])}")
-        if has[k] != v: raise UserError(f"reward {name!r}: the settings say {k}={v!r}, but the server {client.url} has {k}={has[k]!r}. Start it with the same settings (--config)")
+        if has[k] == v: continue
+        raise UserError(f"reward {name!r}: the settings say {k}={v!r}, but the server {client.url} has {k}={has[k]!r}. Start it with the same settings (--config)")
     return about, limits
 
 CLIENT = ("url", "reward", "timeout", "retries", "token_env", "token_file")         # the settings of being remote
@@ -533,7 +540,8 @@ def served_specs(names: Sequence[str], config: str = "") -> list[dict]:         
     specs = [dict(name=n, settings={}) for n in names]
     if config:
         try: said = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as e: raise UserError(f"the configuration {config} cannot be read: {' '.join(str(e).split())}") from None
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+            raise UserError(f"the configuration {config} cannot be read: {' '.join(str(e).split())}") from None
         rows = said.get("rewards") if isinstance(said, dict) else None
         if not isinstance(rows, list) or not all(isinstance(r, dict) and isinstance(r.get("name"), str) and isinstance(r.get("settings") or {}, dict) for r in rows):
             raise UserError(f"{config}: expected a list `rewards` of name and settings, as in a recipe")
