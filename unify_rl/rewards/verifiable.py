@@ -6,9 +6,12 @@
 from __future__ import annotations
 
 import re
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from inspect import signature
+from threading import Thread
 from typing import Any, Callable, Sequence
 
 import numpy as np
@@ -21,8 +24,8 @@ from ..world.detectors import detect_templates
 from ..world.scenes import World, place, relations
 
 # %% auto #0
-__all__ = ['RULES', 'REWARDS', 'MODULES', 'Seen', 'check_constraints', 'well_formed', 'Reward', 'per_sample', 'Eyes',
-           'make_reward', 'build_rewards', 'check_prompts', 'ScoreTable', 'score']
+__all__ = ['RULES', 'REWARDS', 'MODULES', 'SERVED', 'Seen', 'check_constraints', 'well_formed', 'Reward', 'per_sample', 'Eyes',
+           'find_reward', 'make_reward', 'build_rewards', 'check_prompts', 'ScoreTable', 'score', 'ask_ahead']
 
 # %% ../../nbs/30_rewards.verifiable.ipynb #rules
 @dataclass
@@ -113,9 +116,11 @@ class Reward:
     tasks: tuple
     cost: str = "cheap"                     # 'cheap' or 'model'
     check: Callable | None = None           # (prompt) -> None, or a `UserError` if it could never be judged; asked before a run
+    check_all: Callable | None = None       # (all prompts of its tasks) -> None: the same for a judge that would rather be asked once than prompt by prompt
     covers: Callable | None = None          # (prompt) -> is it one this reward has something to say about? None: all of its tasks
     attach: Callable | None = None          # (policy) -> None: for a judge that sees through the policy's own states; called once, before the first step
     learner: Any = None                     # one that changes the judge as the policy trains: learn(prompts_B, rollout) -> dict, state_dict, load_state_dict
+    remote: bool = False                    # its judge mostly waits for another machine, so others may be asked meanwhile
 
     def __call__(self, prompts_B: list, rollout: Rollout) -> Scores: return self.judge(prompts_B, rollout)
 
@@ -215,10 +220,17 @@ MODULES = dict(semantic="unify_rl.rewards.siglip", grounding="unify_rl.rewards.s
                cycle="unify_rl.rewards.cycle", tim="unify_rl.rewards.tim",
                hps="unify_rl.rewards.preference", clip_score="unify_rl.rewards.preference")
 
-def make_reward(name: str, settings: dict, eyes: Eyes) -> Reward:
-    "A reward by name, with its own settings; those that need a model are imported when they are asked for."
+SERVED = "unify_rl.rewards.server"         # what makes a reward that has a url
+
+def find_reward(name: str) -> Callable:
+    "What makes the reward of that name: (eyes, its settings) -> `Reward`. Those that need a model are imported when they are asked for."
     if name not in (known := [*REWARDS, *MODULES]): raise UserError(f"unknown reward {name!r}. {nearest(name, known)}")
-    make = REWARDS.get(name) or import_module(MODULES[name]).REWARDS[name]
+    return REWARDS.get(name) or import_module(MODULES[name]).REWARDS[name]
+
+def make_reward(name: str, settings: dict, eyes: Eyes) -> Reward:
+    "A reward by name, with its own settings, made here or asked of a server."
+    if "url" in settings: return import_module(SERVED).remote_reward(name, **settings)
+    make = find_reward(name)
     takes = list(signature(make).parameters)[1:]
     for key in settings:
         if key not in takes: raise UserError(f"reward {name!r} has no setting {key!r}. {nearest(str(key), takes)}")
@@ -241,10 +253,10 @@ def check_prompts(
 ) -> None:
     "Before the first step: a `UserError` names the first prompt that a reward for its task could not judge."
     for r in rewards:
-        check = getattr(r, "check", None)
-        for p in prompts:
-            if check and p.task in r.tasks: check(p)
-        covers, mine = getattr(r, "covers", None), [p for p in prompts if p.task in r.tasks]
+        mine = [p for p in prompts if p.task in r.tasks]
+        check, check_all, covers = (getattr(r, k, None) for k in ("check", "check_all", "covers"))
+        if check_all: check_all(mine)
+        for p in mine if check else (): check(p)
         if covers and mine and not any(map(covers, mine)):
             raise UserError(f"reward {r.name!r} has nothing to say about any of the {len(mine)} prompts (the first is {mine[0].id!r}). Leave it out, or mend the data")
 
@@ -263,18 +275,20 @@ def score(
     prompts_B: list,            # one prompt a sample
     rollout: Rollout,           # B samples
     on_error: str = "mask",     # a reward fails: 'mask' the samples, or 'stop' the run
+    asked: dict | None = None,  # what `ask_ahead` returned for the same samples, if that was called
 ) -> ScoreTable:
-    "Ask every reward about the samples of its tasks."
+    "Ask every reward about the samples of its tasks; those that live elsewhere are thinking while those that live here work."
     if on_error not in ("mask", "stop"): raise UserError(f"unknown on_error {on_error!r}. {nearest(on_error, ('mask', 'stop'))}")
     R, B = len(rewards), len(rollout)
     table = ScoreTable(torch.full((R, B), torch.nan, dtype=torch.float64), torch.zeros(R, B, dtype=torch.bool),
                        [[""] * B for _ in rewards])
-    for k, reward in enumerate(rewards):
-        covers = getattr(reward, "covers", None) or (lambda p: True)
-        idx = [b for b, p in enumerate(prompts_B) if p.task in reward.tasks and covers(p)]
+    if asked is None: asked = ask_ahead(rewards, prompts_B, rollout)
+    rows_R = [_rows(r, prompts_B) for r in rewards]
+    here = {k: _ask(rewards[k], prompts_B, rollout, idx) for k, idx in enumerate(rows_R) if idx and k not in asked}
+    for k, (reward, idx) in enumerate(zip(rewards, rows_R)):
         if not idx: continue
         table.applies_RB[k, idx] = True
-        values, reasons, problem = _ask(reward, [prompts_B[b] for b in idx], rollout, idx)
+        values, reasons, problem = asked[k].result() if k in asked else here[k]
         table.scores_RB[k, idx] = torch.tensor(values, dtype=torch.float64)
         for b, why in zip(idx, reasons): table.reasons[k][b] = why
         failed = [b for b, v in zip(idx, values) if not np.isfinite(v)]
@@ -286,8 +300,28 @@ def score(
             raise UserError(f"{table.notes[-1]} (first: prompt {prompts_B[failed[0]].id!r}). Mend it, or set on_error=mask")
     return table
 
-def _ask(reward, prompts: list, rollout: Rollout, idx: list) -> tuple:
-    "(values, reasons, problem) of one reward; any failure gives NaN."
+def _rows(reward, prompts_B: list) -> list:
+    "The samples that a reward is asked about."
+    covers = getattr(reward, "covers", None) or (lambda p: True)
+    return [b for b, p in enumerate(prompts_B) if p.task in reward.tasks and covers(p)]
+
+def ask_ahead(rewards: list, prompts_B: list, rollout: Rollout) -> dict:        # position among `rewards` -> future of its answer
+    "Put the question to every remote reward and do not wait; `score` collects the answers."
+    rows = {k: _rows(r, prompts_B) for k, r in enumerate(rewards) if getattr(r, "remote", False)}
+    return {k: _aside(partial(_ask, rewards[k], prompts_B, rollout, idx)) for k, idx in rows.items() if idx}
+
+def _aside(job: Callable) -> Future:
+    "Run a job in a thread of its own, which keeps nobody from leaving: Ctrl-C need not wait for a slow server."
+    future = Future()
+    def work():
+        try: future.set_result(job())
+        except BaseException as e: future.set_exception(e)
+    Thread(target=work, daemon=True).start()
+    return future
+
+def _ask(reward, prompts_B: list, rollout: Rollout, idx: list) -> tuple:
+    "(values, reasons, problem) of one reward about the samples `idx`; any failure gives NaN."
+    prompts = [prompts_B[b] for b in idx]
     sub = Rollout(prompts, 1, [], [rollout.texts[b] for b in idx], [rollout.images[b] for b in idx])
     try:
         got = reward(prompts, sub)
