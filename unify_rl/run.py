@@ -29,9 +29,10 @@ from .evaluate.suites import Result, compare, evaluate, joined, load_suite, tabl
 from .inspect.report import summary_table, write_report
 from .policies.base import Policy
 from .policies.load import load_policy
+from .rewards.server import CLIENT
 from .rewards.verifiable import build_rewards, check_prompts
 from .train.checkpoint import checkpoints
-from .train.config import Config, EvaluateConfig, StageConfig, apply_overrides, from_dict, leaves, load_config, merge, read_layer, to_yaml
+from .train.config import Config, EvaluateConfig, RewardConfig, StageConfig, apply_overrides, from_dict, leaves, load_config, merge, read_layer, to_yaml
 from .train.engine import Crew, is_main
 from .train.loop import Trainer
 from .train.merge import merge_policies
@@ -236,8 +237,13 @@ MAY_CHANGE = ("steps", "run_dir", "threads", "log.", "checkpoint.", "engine.")
 
 def changes(a: Config, b: Config) -> list[str]:
     "The settings that differ, as 'key: a -> b'."
-    get = lambda cfg, path: reduce(getattr, path.split("."), cfg)
+    get = lambda cfg, path: _what(reduce(getattr, path.split("."), cfg))
     return [f"{p}: {get(a, p)!r} -> {get(b, p)!r}" for p, _, _ in leaves(Config) if get(a, p) != get(b, p)]
+
+def _what(x: Any) -> Any:
+    "A setting; of rewards, what they are and not where they are asked."
+    if not (isinstance(x, list) and x and isinstance(x[0], RewardConfig)): return x
+    return [replace(r, settings={k: v for k, v in r.settings.items() if k not in CLIENT}) for r in x]
 
 def resumed_config(
     recipe: str,

@@ -5,12 +5,14 @@
 # %% ../../nbs/10_mechanisms.tokens.ipynb #imports
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
-from typing import Callable, Sequence
+from typing import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from ..core import UserError
@@ -135,6 +137,30 @@ def lengthen(
     return Prefix(keys, values, torch.cat([prefix.mask_nP[index_b], mask_bT], 1), prefix.length_n[index_b] + mask_bT.sum(-1), hidden[:, -1])
 
 # %% ../../nbs/10_mechanisms.tokens.ipynb #chunk
+class _InChunks(torch.autograd.Function):
+    "`f(*rows, *params)` over chunks of the rows, recomputed chunk by chunk in the backward pass, where gradients of `params` are summed as they come."
+    @staticmethod
+    def forward(ctx, f, chunk, params, rows, n, *tensors):
+        ctx.f, ctx.chunk, ctx.n, ctx.rows, ctx.params = f, chunk, n, rows, params
+        ctx.autocast = {d: torch.is_autocast_enabled(d) and torch.get_autocast_dtype(d) for d in {t.device.type for t in tensors}}
+        ctx.save_for_backward(*tensors[:n])
+        return torch.cat([f(*(r[i:i + chunk] for r in tensors[:n]), *(r[i:i + chunk] for r in rows)) for i in range(0, len(tensors[0]), chunk)])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        params, inputs = ctx.params, ctx.saved_tensors
+        totals, grads = [None] * len(params), [torch.empty_like(x) for x in inputs]
+        with contextlib.ExitStack() as stack:
+            for device, dtype in ctx.autocast.items(): stack.enter_context(torch.autocast(device, dtype or None, enabled=bool(dtype)))
+            for i in range(0, len(g), ctx.chunk):
+                some = [x[i:i + ctx.chunk].detach().requires_grad_() for x in inputs]
+                with torch.enable_grad(): out = ctx.f(*some, *(r[i:i + ctx.chunk] for r in ctx.rows))
+                found = torch.autograd.grad(out, [*some, *params], g[i:i + ctx.chunk])
+                for to, x in zip(grads, found): to[i:i + ctx.chunk] = x
+                for k, x in enumerate(found[len(some):]): totals[k] = x if totals[k] is None else totals[k].add_(x)
+        return None, None, None, None, None, *grads, *totals
+
 def token_logp(
     hidden: Tensor,             # [..., D] final hidden state *before* each token (it predicts the token)
     head: Callable,             # [m, D] -> [m, V] logits
@@ -144,17 +170,18 @@ def token_logp(
     temperature: float = 1.0,
     top_p: float = 1.0,
     chunk: int = 4096,          # tokens at a time
+    params: Iterable[Tensor] | None = None,     # what trains in the head; None: the parameters of `head`, a module
 ) -> Tensor:                    # [...] log-probability of each token, fp32
     "Log-probability of given tokens, never holding more than `chunk` rows of logits."
-    def some(h, u, t):
-        return shape_logits(guide(head(h), None if u is None else head(u), cfg), temperature, top_p).gather(-1, t[:, None])[:, 0]
-    H, t = hidden.flatten(0, -2), tokens.flatten()
-    U = None if uncond is None or cfg == 1 else uncond.flatten(0, -2)
-    parts = []
-    for i in range(0, len(t), chunk):
-        args = H[i:i+chunk], None if U is None else U[i:i+chunk], t[i:i+chunk]
-        parts.append(checkpoint(some, *args, use_reentrant=False) if torch.is_grad_enabled() and len(t) > chunk else some(*args))
-    return torch.cat(parts).view(tokens.shape)
+    states = [hidden.flatten(0, -2)] + ([] if uncond is None or cfg == 1 else [uncond.flatten(0, -2)])
+    def logp(*rows):
+        *states, ids = rows
+        logits = [head(h) for h in states]
+        return shape_logits(guide(logits[0], logits[1] if logits[1:] else None, cfg), temperature, top_p).gather(-1, ids[:, None])[:, 0]
+    ids = tokens.flatten()
+    if len(ids) <= chunk: return logp(*states, ids).view(tokens.shape)
+    learned = [p for p in (head.parameters() if params is None else params) if p.requires_grad]
+    return _InChunks.apply(logp, chunk, learned, [ids], len(states), *states, *learned).view(tokens.shape)
 
 # %% ../../nbs/10_mechanisms.tokens.ipynb #aligned
 def states_before(lm, prefix: Prefix, index_b: Tensor, embeds_bTD: Tensor, remat: bool = False) -> Tensor:

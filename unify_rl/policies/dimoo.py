@@ -407,7 +407,7 @@ class DimooPolicy(Policy):
         def score(state, tokens, scored):
             own, hidden = scored[:, P:], state[:, :P] == BLANK
             at = lambda free: self.states(part.context, part.context_index, part.kind, s["size"], state[:, P:], hidden, free)[own]
-            logp = token_logp(at(False), head, tokens[scored], at(True) if s["cfg"] != 1 else None, s["cfg"], s["temperature"], 1.0, self.logp_chunk)
+            logp = token_logp(at(False), head, tokens[scored], at(True) if s["cfg"] != 1 else None, s["cfg"], s["temperature"], 1.0, self.logp_chunk, [self.net.lm_head.weight])
             return torch.zeros(scored.shape, dtype=logp.dtype, device=logp.device).masked_scatter(scored, logp)
         draws, tokens = self._draws(part)
         return self._own(part, draws_logp(score, tokens, draws, BLANK)).masked_fill(~part.mask, 0)

@@ -26,7 +26,7 @@ from ..grpo.kl import kl_estimate
 from ..grpo.objective import objective, token_weights
 from ..policies.base import Policy
 from ..rewards.siglip import load_siglip
-from ..rewards.verifiable import score
+from ..rewards.verifiable import ask_ahead, score
 from .checkpoint import load_checkpoint, rng_state, save_checkpoint, set_rng_state
 from .config import Config
 from .engine import build_engine
@@ -113,13 +113,14 @@ class Trainer:
             if len({b for p in rollout.parts for b in p.rows.tolist()}) < len(rollout):
                 raise UserError(f"{self.policy.name} kept no actions of some outputs, so there is nothing to learn from; "
                                 f"is rollout.drawing {cfg.rollout.drawing} meant for tests?")
+        prompts_B = [rollout.prompt(b) for b in range(len(rollout))]
+        asked = ask_ahead(self.rewards, prompts_B, rollout)                            # reward servers think while the reference works
+        with phase(clock, "reference"): self._score_reference([p for p in rollout.parts if self.betas[p.kind]], rollout)
         with phase(clock, "score"):
-            prompts_B = [rollout.prompt(b) for b in range(len(rollout))]
-            table = score(self.rewards, prompts_B, rollout, cfg.on_error)
+            table = score(self.rewards, prompts_B, rollout, cfg.on_error, asked)
             adv = advantages(table.scores_RB, self.weights_R, rollout.group_size, table.applies_RB, torch.tensor([p.weight for p in prompts_B]), **asdict(cfg.advantage))
             own_B = torch.arange(len(rollout)) < len(rollout) - extra * rollout.group_size
             adv.valid_B &= own_B                                                       # company is not learned from
-        with phase(clock, "reference"): self._score_reference([p for p in rollout.parts if self.betas[p.kind]], rollout)
         with phase(clock, "update"): stats, rows = self._update(rollout, adv)
         with phase(clock, "score"): stats |= self._teach(prompts_B, rollout)
         self.done += 1
