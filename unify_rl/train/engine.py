@@ -209,7 +209,7 @@ class ZeroEngine(Engine):
     def __init__(self, policy: Policy, *, zero: int, **more):
         if "RANK" not in os.environ:
             raise UserError(f"engine.zero={zero} shares the optimizer out over processes, and this is a single one that torchrun did not start. "
-                            "Start it with `unify_rl launch`, or with `torchrun --nproc_per_node N -m unify_rl.cli train …`")
+                            "Start it with `unify_rl launch`, or with `torchrun --nproc_per_node N -m unify_rl train …`")
         self.zero, self.even_passes = zero, zero > 1
         super().__init__(policy, **more)
 
@@ -259,6 +259,7 @@ class ZeroEngine(Engine):
                 if p.grad is None: p.grad = torch.zeros_like(p)
         for g in (*self.optimizer.param_groups, *self.optimizer.optimizer.param_groups): g["lr"] = lr
         self.engine.step()
+        if self.zero == 3: self.optimizer.grad_partitions_flat_buffer.zero_()           # else a parameter that the next step's first pass does not touch keeps this step's
         norm, moved = float(self.engine.get_global_grad_norm() or 0.0), bool(self.engine.was_step_applied())
         return norm if math.isfinite(norm) and moved else 0.0, moved
 
