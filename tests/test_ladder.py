@@ -18,6 +18,7 @@ LIB = "unify_rl"
 BY_HAND = ("__init__.py", "_modidx.py", "compat_site/sitecustomize.py")    # modules that no notebook exports
 UNSAFE_MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
 MAX_BYTES = 200 * 1024
+THEORY = 90                             # notebooks from this number on export nothing
 
 
 # ---- reading a repository ----
@@ -118,6 +119,26 @@ def one_notebook_one_module(root):
     for path in notebooks(root):
         if len(directive(path, "default_exp")) > 1: yield f"{path.name}: more than one default_exp"
         for other in filter(None, directive(path, "export[is]?")): yield f"{path.name}: a cell exports to {other}"
+
+
+def theory_exports_nothing(root):
+    "Notebooks from 90 on are read, not imported: they name no module and export no cell."
+    for path in notebooks(root):
+        if number(path) < THEORY: continue
+        found = {"says #| default_exp": directive(path, "default_exp"), "says #| export": directive(path, "export[is]?"),
+                 "calls nbdev_export": any("nbdev_export" in source(cell) for cell in cells(path))}
+        for what in found:
+            if found[what]: yield f"{path.name}: a theory notebook must export nothing, but it {what}"
+
+
+def nobody_imports_theory(root):
+    "No module and no other notebook, tutorials included, imports from a theory notebook."
+    names = {f"{LIB}.{path.stem.split('_', 1)[-1]}" for path in notebooks(root) if number(path) >= THEORY}
+    trees = [(path, parsed(path), ".".join(path.relative_to(root).with_suffix("").parts)) for path in modules(root)]
+    trees += [(path, ast.parse(plain(source(cell))), LIB) for path in all_notebooks(root) for cell in cells(path)]
+    for path, tree, module in trees:
+        for name, taken in imported(tree, module):
+            for one in sorted(names & {name, *(f"{name}.{t}" for t in taken)}): yield f"{path.relative_to(root)}: imports {one}, a theory notebook"
 
 
 def imports_go_down(root):
@@ -229,8 +250,8 @@ def export(root, to):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-RULES = [names_and_numbers, one_notebook_one_module, imports_go_down, no_orphans, ids, small, headings, no_errors_stored, no_star_imports,
-         data_is_not_code, in_sync]
+RULES = [names_and_numbers, one_notebook_one_module, theory_exports_nothing, nobody_imports_theory, imports_go_down, no_orphans, ids, small,
+         headings, no_errors_stored, no_star_imports, data_is_not_code, in_sync]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
@@ -288,6 +309,14 @@ FAULTS = [
     (one_notebook_one_module, lesson("03_core.ipynb", "#| default_exp core"), "core is exported by 00_core.ipynb, 03_core.ipynb"),
     (one_notebook_one_module, lesson("03_a.ipynb", "#| default_exp a", "#| default_exp b"), "more than one default_exp"),
     (one_notebook_one_module, lesson("03_a.ipynb", "#| default_exp a", "#| export core\nx = 1"), "a cell exports to core"),
+    (theory_exports_nothing, lesson("91_theory.new.ipynb", "#| default_exp theory.new"), "91_theory.new.ipynb: a theory notebook must export nothing, but it says #| default_exp"),
+    (theory_exports_nothing, lesson("91_theory.new.ipynb", "#| export\nx = 1"), "but it says #| export"),
+    (theory_exports_nothing, lesson("91_theory.new.ipynb", "#| exporti\nx = 1"), "but it says #| export"),
+    (theory_exports_nothing, lesson("91_theory.new.ipynb", "import nbdev; nbdev.nbdev_export()"), "but it calls nbdev_export"),
+    (nobody_imports_theory, core("from unify_rl import theory"), "unify_rl/core.py: imports unify_rl.theory, a theory notebook"),
+    (nobody_imports_theory, core("def f():\n    from .theory import x"), "unify_rl/core.py: imports unify_rl.theory, a theory notebook"),
+    (nobody_imports_theory, lesson("02_area.two.ipynb", "import unify_rl.theory"), "nbs/02_area.two.ipynb: imports unify_rl.theory"),
+    (nobody_imports_theory, lambda root: notebook(root / "tutorials" / "tour.ipynb", "from unify_rl.theory import x"), "tutorials/tour.ipynb: imports unify_rl.theory"),
     (imports_go_down, core("from unify_rl.area.two import two"), "imports unify_rl.area.two, which is exported by number 02"),
     (imports_go_down, core("def f():\n    import unify_rl.area.two as t\n"), "00_core.ipynb: imports unify_rl.area.two"),
     (imports_go_down, core("from unify_rl.area import two"), "00_core.ipynb: imports unify_rl.area.two"),
