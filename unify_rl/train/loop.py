@@ -28,7 +28,7 @@ from ..rewards.siglip import load_siglip
 from ..rewards.verifiable import score
 from .checkpoint import load_checkpoint, rng_state, save_checkpoint, set_rng_state
 from .config import Config
-from .runlog import RunLog
+from .runlog import PATH_PIXELS, RunLog, action_columns, path_frames
 
 # %% auto #0
 __all__ = ['part_weights', 'lr_factor', 'Trainer', 'phase', 'stop_on_signal']
@@ -107,12 +107,12 @@ class Trainer:
             table = score(self.rewards, prompts_B, rollout, cfg.on_error)
             adv = advantages(table.scores_RB, self.weights_R, rollout.group_size, table.applies_RB, torch.tensor([p.weight for p in prompts_B]), **asdict(cfg.advantage))
         with phase(clock, "reference"): self._score_reference([p for p in rollout.parts if self.betas[p.kind]])
-        with phase(clock, "update"): stats, rows = self._update(rollout.parts, adv)
+        with phase(clock, "update"): stats, rows, newest = self._update(rollout.parts, adv)
         with phase(clock, "score"): stats |= self._teach(prompts_B, rollout)
         self.done += 1
         metrics = self._metrics(rollout, table, adv, stats, clock)
         if cfg.log.groups_every and (self.done == 1 or self.done % cfg.log.groups_every == 0) and acc.is_main_process:
-            self._log_groups(rollout, table, adv, rows)
+            self._log_groups(rollout, table, adv, rows, newest)
         return metrics
 
     def _sample(self, prompts: list, generator) -> Rollout:
@@ -145,10 +145,10 @@ class Trainer:
                 part.logp_ref = torch.cat([logp for logp, _ in said])
                 part.targets["location"] = torch.cat([s["location"] for _, s in said])
 
-    def _update(self, parts: list, adv: Advantages) -> tuple[dict, dict]:
-        "The optimizer steps on one rollout; returns mean statistics and per-sample ones."
+    def _update(self, parts: list, adv: Advantages) -> tuple[dict, dict, dict]:
+        "The optimizer steps on one rollout; returns mean statistics, per-sample ones, and log-probabilities by part and sample."
         cfg, acc = self.cfg, self.accelerator
-        weights, stats, rows = part_weights(parts, adv.valid_B, cfg.objective.average), defaultdict(float), {}
+        weights, stats, rows, newest = part_weights(parts, adv.valid_B, cfg.objective.average), defaultdict(float), {}, {}
         o, further, updates = cfg.objective, cfg.objective.further, cfg.objective.updates
         unrecorded = {id(p): torch.zeros_like(p.mask, dtype=torch.float32) for p in parts if p.logp_old is None}
         meter = self.meter if self.meter and self.done % cfg.log.agreement_every == 0 else None
@@ -169,13 +169,14 @@ class Trainer:
                     if meter: meter.take(part.kind)
                 for name, v in s.items(): stats[name] += v.item() / updates
                 rows.update(_per_sample(piece, logp.detach(), said.get("kl"), cfg.objective))
+                newest.update(((id(part), b), x) for b, x in zip(piece.rows.tolist(), logp.detach()))
                 if id(part) in unrecorded: unrecorded[id(part)][i] = logp.detach().float()
             for p in parts: p.logp_old = unrecorded.pop(id(p), p.logp_old)              # old is what the first update started from
             if meter: stats["agreement"] += meter.cosine() / updates
             stats["grad_norm"] += self._apply(len(jobs)) / updates
         used = sum(float(w[i].sum()) for _, w, i in jobs)               # rows of dead groups may be left out, and have no ratio
         if used: stats["ratio_mean"] /= used
-        return dict(stats), rows
+        return dict(stats), rows, newest
 
     def _useful(self, part, adv: Advantages) -> torch.Tensor:
         "Rows that can move the policy: with no KL term, those of dead groups cannot."
@@ -211,21 +212,26 @@ class Trainer:
         out = dict(zip(keys, pooled)) if self.accelerator.num_processes > 1 else {k: m[k] for k in keys}
         return out | {f"seconds/{k}": v for k, v in clock.items()} | ({"notes": m["notes"]} if "notes" in m else {})
 
-    def _log_groups(self, rollout, table, adv: Advantages, rows: dict) -> None:
+    def _log_groups(self, rollout, table, adv: Advantages, rows: dict, newest: dict) -> None:
         G, N = rollout.group_size, len(rollout.prompts)
         chosen = [int(i) for i in torch.linspace(0, N - 1, min(self.cfg.log.groups_max, N)).round().unique()]
-        out, images, sources = [], [], []
+        tokenizer, picture, left = getattr(self.policy, "tokenizer", None), getattr(self.policy, "pictures", None), PATH_PIXELS
+        words = lambda ids: tokenizer.batch_decode([[i] for i in ids]) if tokenizer else [str(i) for i in ids]
+        out, images, sources, frames = [], [], [], []
         for b in (n * G + g for n in chosen for g in range(G)):
             n, p = b // G, rollout.prompt(b)
             row = dict(prompt_index=n, sample=b % G, prompt_id=p.id, task=p.task, category=p.category, prompt=p.text, answer=p.answer, text=rollout.texts[b],
+                       phrases=list(p.key_phrases),
                        reward=adv.reward_B[b].item(), group_mean=adv.mean_N[n].item(), group_std=adv.std_N[n].item(), advantage=adv.adv_B[b].item(),
                        weight=p.weight, valid=bool(adv.valid_B[b]), dead=bool(adv.dead_N[n]), **rows.get(b, dict(clip_fraction=0.0, kl=math.nan)))
             for k, r in enumerate(self.rewards):
                 if table.applies_RB[k, b]:
                     raw = table.scores_RB[k, b].item()
                     row |= {f"raw_{r.name}": raw, f"weighted_{r.name}": raw * self.weights_R[k].item(), f"reason_{r.name}": table.reasons[k][b]}
-            out.append(row); images.append(rollout.images[b]); sources.append(p.image)
-        self.log.log_groups(self.done, out, images, sources)
+            out.append(row | action_columns(rollout.parts, b, newest, words)); images.append(rollout.images[b]); sources.append(p.image)
+            frames.append(path_frames(rollout.parts, b, rollout.images[b], picture, left))
+            left -= 0 if frames[-1] is None else frames[-1][..., 0].size
+        self.log.log_groups(self.done, out, images, sources, frames)
 
     # -- the run
     def run(self, on_step: Callable | None = None) -> bool:
