@@ -118,7 +118,7 @@ def _table_of(run_dir, step: int, columns: Sequence | None = None):
     import pyarrow.parquet as pq
     path = Path(run_dir)/"groups"/f"step-{step:06d}.parquet"
     try:
-        with pq.ParquetFile(path) as f: return f.read(None if columns is None else [c for c in columns if c in f.schema_arrow.names])
+        with pq.ParquetFile(path) as f: return f.read(columns if columns is None else [c for c in f.schema_arrow.names if _asked(c, columns)])
     except FileNotFoundError: pass
     except (pa.ArrowException, OSError) as e: raise UserError(f"{path} cannot be read: {e}. Other steps are not affected.") from e
     steps = logged_steps(run_dir)
@@ -126,13 +126,15 @@ def _table_of(run_dir, step: int, columns: Sequence | None = None):
     near = sorted(sorted(steps, key=lambda s: abs(s - step))[:4])
     raise UserError(f"{run_dir} has no groups of step {step}. Nearest: {', '.join(map(str, near))} ({len(steps)} logged).")
 
+def _asked(name: str, columns: Sequence) -> bool: return name in columns or any(f in columns and name.startswith(f) for f in FAMILIES)
+
 def read_rows(
     run_dir: str | Path,
     step: int,                              # one of `logged_steps(run_dir)`
-    columns: Sequence | None = None,        # only these; None: all
+    columns: Sequence | None = None,        # only these, 'raw_' stands for all of its family; None: all
 ) -> list[dict]:                            # one dict an output; None where a value or a whole column is missing
     "The reward groups logged at `step`, as plain Python."
-    missing = dict.fromkeys(COLUMNS if columns is None else columns)
+    missing = dict.fromkeys(c for c in (COLUMNS if columns is None else columns) if c not in FAMILIES)
     return [missing | row for row in _table_of(run_dir, step, columns).to_pylist()]
 
 def read_groups(
