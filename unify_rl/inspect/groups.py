@@ -13,7 +13,9 @@ import math
 import re
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Sequence
 
@@ -79,11 +81,13 @@ def disagreement(
 ) -> float:                 # 0 … 1; NaN if no two rewards have a preference about the same two outputs
     "The share of pairs of outputs that one reward orders in one way and another in the other."
     raw_RG = np.asarray(raw_RG, dtype=float).reshape(len(raw_RG), -1)
-    i, j = np.triu_indices(raw_RG.shape[1], 1)
+    i, j = _pairs(raw_RG.shape[1])
     sign_RP = np.sign(raw_RG[:, i] - raw_RG[:, j])
-    a, b = np.triu_indices(len(raw_RG), 1)
+    a, b = _pairs(len(raw_RG))
     both = sign_RP[a] * sign_RP[b]
     return float((both < 0).sum() / n) if (n := (np.abs(both) == 1).sum()) else math.nan
+
+_pairs = functools.lru_cache(lambda n: np.triu_indices(n, 1))      # of n things
 
 def split_groups(rows: list[dict]) -> list[list[dict]]:
     "Rows of a step, group by group."
@@ -158,7 +162,6 @@ class Again:
     valid: list         # [G]
     rank: list          # [G] 0 is the best
     flips: list         # samples whose advantage changes its sign against the log: (sample, before, after), each -1, 0 or 1
-    clipped: list       # [G] (share of actions outside the range, share without gradient), None if no ratios were logged
     mean: float
     std: float
     dead: bool
@@ -191,8 +194,7 @@ def recompute(
     a = advantages(scores, torch.tensor([s.weights.get(n, 0.0) for n in names], dtype=torch.float64), len(rows),
                    torch.tensor([[x is not None for x in xs] for xs in raw]), pair, s.normalize, s.baseline, s.scale, s.eps)
     adv, reward, valid = a.adv_B.tolist(), a.reward_B.tolist(), a.valid_B.tolist()
-    return Again(reward, adv, valid, ranks(reward), _flips(rows, adv), [clipped(r, A, s) for r, A in zip(rows, adv)],
-                 a.mean_N.item(), a.std_N.item(), bool(a.dead_N))
+    return Again(reward, adv, valid, ranks(reward), _flips(rows, adv), a.mean_N.item(), a.std_N.item(), bool(a.dead_N))
 
 def ranks(reward: list) -> list[int]:
     "Place of each output; equal ones keep their order, failed ones come last."
@@ -430,9 +432,9 @@ def group_view(
 ) -> Markup:
     "All outputs of one prompt, best first."
     logged = logged_settings(run, rows)
-    s, notes = settings or logged, []
-    try: new = recompute(rows, s)
-    except UserError as e: new = None; notes.append(f"Shown as logged. {e}")
+    s, notes, new = settings or logged, [], None
+    try: new = None if s == logged else recompute(rows, s)
+    except UserError as e: notes.append(f"Shown as logged: {e}")
     try: layers, said = layers_for(run, rows, layer, which)
     except Exception as e: layers, said = [None] * len(rows), f"{layer} cannot be shown: {e}"
     told = None
@@ -483,7 +485,7 @@ def _cells(run, rows, new, s, layers, at, told) -> list[tuple]:
            ("advantage", [tag("td.flip" if r["sample"] in flips else "td", advantage_bar(0.0 if math.isnan(a) else a), _moved(a, r["advantage"], "{:+.3f}")) for r, a in zip(rows, adv)])]
     for n in reward_names(rows): out.append((html([n, Markup("<br>"), tag("small", f"λ {s.weights.get(n, 0):g}")]), some(lambda i: _verdict(rows[i], n, s))))
     pair = lambda r: s.pair if s.pair is not None else r["weight"]
-    out.append(("clipped", some(lambda i: _clip(rows[i], new.clipped[i] if new else None))))
+    out.append(("clipped", some(lambda i: _clip(rows[i], clipped(rows[i], 0.0 if math.isnan(adv[i]) else adv[i], s)))))
     out.append(("KL", some(lambda i: f"{rows[i]['kl']:.5f}" if math.isfinite(number(rows[i]["kl"])) else "")))
     if any(pair(r) not in (None, 1.0) for r in rows): out.append(("pair weight", some(lambda i: f"{number(pair(rows[i])):.3f}")))
     out.append(("log-prob", some(lambda i: _likely(rows[i]))))
@@ -652,7 +654,7 @@ class Inspector:
     def settings(self) -> Settings:
         "As the controls stand."
         pair = self.pair.value if self.rows and self.pair.value != self.rows[0]["weight"] else None
-        return Settings({n: x.value for n, x in self.weights.items()}, self.normalize.value, self.baseline.value, self.scale.value, self.eps.value, pair,
+        return Settings({n: self.weights[n].value for n in reward_names(self.rows)}, self.normalize.value, self.baseline.value, self.scale.value, self.eps.value, pair,
                         self.clip_low.value, self.clip_high.value)
 
     # -- what is shown
@@ -684,6 +686,7 @@ class Inspector:
     def _ipython_display_(self):
         from IPython.display import display
         display(self.box)
+        threading.Thread(target=import_module, args=("unify_rl.grpo.advantage",), daemon=True).start()       # torch: while one looks, before one moves
 
 def _line(f: dict) -> str:
     "A group in a list."

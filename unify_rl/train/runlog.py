@@ -118,7 +118,7 @@ def _table_of(run_dir, step: int, columns: Sequence | None = None):
     import pyarrow.parquet as pq
     path = Path(run_dir)/"groups"/f"step-{step:06d}.parquet"
     try:
-        with pq.ParquetFile(path) as f: return f.read(columns if columns is None else [c for c in f.schema_arrow.names if _asked(c, columns)])
+        with pq.ParquetFile(pa.BufferReader(path.read_bytes())) as f: return f.read([c for c in f.schema_arrow.names if columns is None or _asked(c, columns)], use_threads=False)
     except FileNotFoundError: pass
     except (pa.ArrowException, OSError) as e: raise UserError(f"{path} cannot be read: {e}. Other steps are not affected.") from e
     steps = logged_steps(run_dir)
