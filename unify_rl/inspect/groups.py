@@ -236,7 +236,7 @@ def pixels(run: LoggedRun, relative: str) -> np.ndarray:
     "A run's picture as [H, W, 3] uint8."
     from PIL import Image
     try:
-        with Image.open(picture_path(run.dir, relative)) as f: return np.asarray(f.convert("RGB"))
+        with Image.open(picture_path(run.dir, relative)) as f: return np.array(f.convert("RGB"))
     except (OSError, ValueError) as e: raise UserError(f"the picture {relative} cannot be read: {e}") from None
 
 RAMP = np.array([[10, 10, 60], [120, 30, 110], [225, 80, 60], [250, 190, 60], [255, 255, 210]])      # dark to bright
@@ -257,7 +257,9 @@ def boxes(found: list, size: tuple) -> Markup:
     "Detections, to lie on a picture of (height, width) pixels."
     one = lambda d: tag("rect", tag("title", f"{d.color} {d.label} {d.score:.2f}"), x=d.box[0], y=d.box[1], width=d.box[2] - d.box[0], height=d.box[3] - d.box[1],
                         fill="none", stroke="#000", **{"stroke-width": size[0] / 60})
-    name = lambda d: tag("text", f"{d.color} {d.label}", x=d.box[0], y=max(d.box[1] - size[0] / 60, size[0] / 14), **{"font-size": size[0] / 13})
+    def name(d):
+        right = d.box[0] + d.box[2] > size[1]
+        return tag("text", f"{d.color} {d.label}", x=d.box[2 if right else 0], y=max(d.box[1] - size[0] / 60, size[0] / 14), **{"font-size": size[0] / 14, "text-anchor": "end" if right else "start"})
     return tag("svg.layer", *(x for d in found for x in (one(d), name(d))), viewBox=f"0 0 {size[1]} {size[0]}", preserveAspectRatio="none")
 
 # %% ../../nbs/72_inspect.groups.ipynb #grid
@@ -370,7 +372,7 @@ def tokens_html(row: dict, s: Settings, at: int | None = None) -> Markup:
 
 def path_html(row: dict, at: int | None = None) -> Markup:
     "The noisy steps (or draws) of a flow's picture."
-    columns = [("t", "time_image"), ("std", "std_image"), ("log-prob", "logp_image"), ("ratio", "ratio_image")]
+    columns = [("t", "time_image"), ("std", "std_image"), ("log p", "logp_image"), ("ratio", "ratio_image")]
     have = [(name, row[k]) for name, k in columns if row.get(k)]
     lines = [tag("tr.now" if at is not None and i == at - 1 else "tr", *(tag("td", f"{v[i]:.3f}") for _, v in have)) for i in range(len(row["time_image"]))]
     return tag("table.path", tag("tr", *(tag("th", name) for name, _ in have)), *lines)
@@ -390,7 +392,7 @@ def picture_html(run: LoggedRun, row: dict, layer: Markup | None = None, at: int
     elif at is not None and not row.get("time_image") and (order := order_of(row, "image")):
         h, w = grid_of(len(order), size)
         blank = [tag("rect", x=i % w, y=i // w, width=1.02, height=1.02) for i, o in enumerate(order) if o >= at]
-        body.append(tag("svg.layer.cover", *blank, viewBox=f"0 0 {w} {h}", preserveAspectRatio="none"))
+        body.append(tag("svg.layer cover", *blank, viewBox=f"0 0 {w} {h}", preserveAspectRatio="none"))
     return tag("div.pic", *body, layer or "")
 
 @functools.lru_cache(maxsize=4096)
@@ -403,21 +405,21 @@ LOOK = """<style>
 .ug {font: 12px/1.4 system-ui, sans-serif; color: #222; background: #fff; padding: .4em .6em; overflow-x: auto}
 .ug h4 {margin: .2em 0; font-size: 15px} .ug p {margin: .25em 0} .ug small, .ug .reason {color: #666}
 .ug .missing, .ug em {color: #b3261e; font-style: normal} .ug .note {background: #fff6d8; padding: .25em .6em; border-radius: 4px}
-.ug table {border-collapse: collapse; background: #fff} .ug td, .ug th {text-align: left; vertical-align: top; font-weight: normal; white-space: normal}
-.ug .side > tbody > tr > td, .ug .side > tbody > tr > th {padding: .3em .45em; border-top: 1px solid #e6e6e6; min-width: 92px; max-width: 168px; background: #fff}
-.ug .side th {color: #666; min-width: 84px; position: sticky; left: 0; z-index: 2} .ug .side tr.strong td {font-size: 14px; font-weight: 600}
+.ug table {border-collapse: collapse; background: #fff; font: inherit} .ug td, .ug th {text-align: left; vertical-align: top; font-weight: normal; white-space: normal}
+.ug .side {table-layout: fixed} .ug .side > tbody > tr > * {padding: .3em .4em; border-top: 1px solid #e6e6e6; width: 122px; background: #fff; overflow-wrap: anywhere}
+.ug .side > tbody > tr > th {color: #666; width: 92px; overflow-wrap: normal; position: sticky; left: 0; z-index: 2} .ug .side tr.strong td {font-size: 14px; font-weight: 600}
 .ug td.flip {background: #fdebc8 !important} .ug .was {color: #888; font-weight: normal; font-size: 11px}
-.ug .pic {position: relative; width: 104px} .ug .pic img, .ug .frame {width: 100%; display: block; image-rendering: pixelated; border-radius: 3px}
+.ug .pic {position: relative; width: 112px; border: 1px solid #ddd; border-radius: 4px} .ug .pic img, .ug .frame {width: 100%; display: block; image-rendering: pixelated; border-radius: 3px}
 .ug svg.layer {position: absolute; left: 0; top: 0; width: 100%; height: 100%} .ug .cover {fill: #9aa0a8}
 .ug svg text {paint-order: stroke; stroke: #fff; stroke-width: .35px; fill: #000; font-family: sans-serif}
 .ug .source {float: left; margin: 0 .8em .4em 0} .ug .source .pic {width: 76px}
 .ug .text {max-height: 11em; overflow: auto; overflow-wrap: anywhere; font-size: 11.5px} .ug .cut {text-decoration: underline 2px #1f5fbf} .ug .blank {color: #aaa}
-.ug .path td, .ug .path th {font-size: 10px; padding: 0 .45em 0 0 !important; border: 0 !important; min-width: 0 !important; position: static !important}
+.ug .path td, .ug .path th {font-size: 9px; padding: 0 .35em 0 0; white-space: nowrap}
 .ug .path tr.now td {background: #dbe8ff}
 .ug .bar {position: relative; height: 7px; margin: .3em 0; background: linear-gradient(#999 0 0) center/1px 100% no-repeat #f0f0f0}
 .ug .bar i {position: absolute; top: 0; bottom: 0} .ug .pos {background: #2e9e4f} .ug .neg {background: #c9483f}
 .ug .list td, .ug .list th {padding: .15em .7em; border-top: 1px solid #eee} .ug .list th {color: #666}
-.ug .strip td {border-left: 1px solid #e6e6e6; padding: .2em .4em; min-width: 82px} .ug .strip .pic {width: 74px; margin: 2px 0}
+.ug .strip {table-layout: fixed} .ug .strip td {border-left: 1px solid #e6e6e6; padding: .2em .4em; width: 112px} .ug .strip .pic {width: 74px; margin: 2px 0}
 </style>"""
 SIGN = {-1: "−", 0: "0", 1: "+"}
 
@@ -446,7 +448,7 @@ def group_view(
     cells = _cells(run, rows, new, s, layers, at, told)
     order = sorted(range(len(rows)), key=lambda i: (new.rank if new else ranks([number(r["reward"]) for r in rows]))[i])
     lines = [tag("tr.strong" if name in ("reward", "advantage") else "tr", tag("th", name), *(of[i] for i in order)) for name, of in cells if any(of)]
-    table = tag("table.side", tag("tbody", *lines))
+    table = tag("table.side", tag("tbody", *lines), style=f"width:{96 + 122 * len(rows)}px")
     return Markup(f'<div class="ug">{LOOK}{_head(run, rows, new)}{"".join(tag("p.note", n) for n in notes)}{table}</div>')
 
 def _head(run, rows, new) -> Markup:
@@ -530,7 +532,7 @@ def strip(run: LoggedRun, rows: list[dict], most: int = 16, deep: int = 4) -> Ma
         label = "" if f["prompt_id"] == rows[0]["prompt_id"] else tag("div.text", f["prompt"])
         columns.append(tag("td", tag("b", f"step {f['step']}"), Markup("<br>"), f"{f['reward']:.2f} ± {f['spread']:.2f}", label, *seen))
     head = tag("p", f"{len(facts)} steps of {what}" + (f", {len(chosen)} of them shown" if len(chosen) < len(facts) else "") + "; best on top, mean ± standard deviation.")
-    return Markup(f'<div class="ug">{LOOK}{head}{tag("table.strip", tag("tr", *columns))}</div>')
+    return Markup(f'<div class="ug">{LOOK}{head}{tag("table.strip", tag("tr", *columns), style=f"width:{112 * len(columns)}px")}</div>')
 
 def twin(
     run: LoggedRun,
@@ -544,7 +546,7 @@ def twin(
     if not same:
         where = [f["step"] for f in overview(other) if f["prompt_id"] == rows[0]["prompt_id"] and (other.dir, f["step"]) != (run.dir, rows[0]["step"])]
         hint = f"It is there in step {', '.join(map(str, where[:8]))}." if where else "It was logged in no other step: choose another prompt, or follow its category in the film strip."
-        return html([group_view(run, rows, **view), tag("p", f"Step {step} of {other.dir} has no group of this prompt. {hint}")])
+        return html([group_view(run, rows, **view), tag("div.ug", tag("p.note", f"Step {step} of {other.dir} has no group of this prompt. {hint}"))])
     there = other.group(step, same[0]["prompt_index"])
     a, b = group_facts(rows), group_facts(there)
     mean = lambda group, n: float(np.nanmean(x)) if (x := [v for r in group if (v := r.get(f"raw_{n}")) is not None and v == v]) else math.nan
@@ -605,7 +607,8 @@ class Inspector:
     def _listed(self, _=None) -> None:
         "List the groups that were asked for."
         if self._busy: return
-        facts = overview(self.run, [self.step.value] if self.scope.value == "this step" else None)
+        steps = self.run.steps
+        facts = overview(self.run, steps if self.scope.value == "all steps" else [s for s in steps if s == self.step.value])
         with self._quiet():
             task = self.task.value
             self.task.options = [("any", ""), *((t, t) for t in sorted({f["task"] for f in facts if f["task"]} | ({task} if task else set())))]
@@ -615,9 +618,9 @@ class Inspector:
             self.prompt.options = [(_line(f), (f["step"], f["prompt_index"])) for f in found[:self.most]]
             values = [v for _, v in self.prompt.options]
             self.prompt.value = kept if kept in values else values[0] if values else None
-        problems = [f"Step {s} is left out: {e}" for s, e in sorted(self.run.problems.items())[:3]]
+        problems = [f"Step {s} is left out: {e}" for s, e in sorted(self.run.problems.items()) if s in steps][:3]
         if len(found) > self.most: problems.append(f"The first {self.most} of {len(found)} groups are listed.")
-        if not self.run.steps: problems = ["No groups have been logged yet (log.groups_every sets how often they are). Press ‘look again’ when the run is further."]
+        if not steps: problems = ["No groups have been logged yet (log.groups_every sets how often they are). Press ‘look again’ when the run is further."]
         self.message.value = html([tag("p", p) for p in problems])
         self._picked()
 
