@@ -306,8 +306,10 @@ def test_moving_widgets(run):
     assert "scale must be &#x27;none&#x27; too" in shown.view.value
     shown.reset.click()
     before = shown.view.value
-    shown.clip_high.value = 1.0
+    shown.clip_high.value = 0.4
     assert "50.0%" in before and "25.0%" in shown.view.value
+    shown.clip_low.value = shown.clip_high.value = 1.0
+    assert shown.settings.clip_low == shown.settings.clip_high == math.inf and "25.0%" not in shown.view.value
 
 
 def test_choosing_with_widgets(run):
@@ -316,6 +318,11 @@ def test_choosing_with_widgets(run):
     assert [v for _, v in shown.prompt.options] == [(1, 0), (1, 1), (2, 0), (2, 1)]
     shown.sort.value, shown.down.value = "reward", True
     assert shown.prompt.options[0][1] == (2, 0)
+    shown.low.value = ".81"
+    assert [v for _, v in shown.prompt.options] == [(2, 0), (2, 1)]
+    shown.high.value = "much"
+    assert "'much' is not a number" in shown.message.value.replace("&#x27;", "'")
+    shown.low.value = shown.high.value = ""
     shown.text.value = "only/2"
     assert [v for _, v in shown.prompt.options] == [(2, 1)] and "squares 1" in shown.view.value
     shown.text.value, shown.only.value, shown.scope.value = "", "all", "this step"

@@ -310,6 +310,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'unify_rl.inspect.groups.LoggedRun.steps': ( 'inspect.groups.html#loggedrun.steps',
                                                                                       'unify_rl/inspect/groups.py'),
                                          'unify_rl.inspect.groups.Settings': ('inspect.groups.html#settings', 'unify_rl/inspect/groups.py'),
+                                         'unify_rl.inspect.groups._bounds': ('inspect.groups.html#_bounds', 'unify_rl/inspect/groups.py'),
                                          'unify_rl.inspect.groups._cells': ('inspect.groups.html#_cells', 'unify_rl/inspect/groups.py'),
                                          'unify_rl.inspect.groups._clip': ('inspect.groups.html#_clip', 'unify_rl/inspect/groups.py'),
                                          'unify_rl.inspect.groups._data_uri': ( 'inspect.groups.html#_data_uri',

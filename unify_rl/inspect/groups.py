@@ -132,6 +132,8 @@ def select(
     text: str = "",             # must occur in the prompt, its id or category
     sort: str = "step",         # one of `SORTS`
     down: bool = False,         # largest first
+    low: float = -math.inf,     # only where what it is sorted by is at least this
+    high: float = math.inf,     # and at most this
 ) -> list[dict]:
     "The groups that were asked for, in the order that was asked for."
     if only not in ONLY: raise UserError(f"unknown filter {only!r}. {nearest(only, ONLY)}")
@@ -139,7 +141,8 @@ def select(
     hay = lambda f: " ".join(str(f[k] or "") for k in ("prompt", "prompt_id", "category")).lower()
     found = [f for f in facts if ONLY[only](f) and task in ("", f["task"]) and text.lower() in hay(f)]
     missing = lambda f: math.isnan(number(f[sort]))
-    return sorted([f for f in found if not missing(f)], key=lambda f: f[sort], reverse=down) + [f for f in found if missing(f)]
+    inside = [f for f in found if not missing(f) and low <= f[sort] <= high]
+    return sorted(inside, key=lambda f: f[sort], reverse=down) + [f for f in found if missing(f) and high - low == math.inf]
 
 # %% ../../nbs/72_inspect.groups.ipynb #again
 @dataclass(frozen=True)
@@ -563,33 +566,34 @@ class Inspector:
         import ipywidgets as w
         self.run, self.most, self.rows, self._busy = LoggedRun(run_dir), most, [], True
         self.view, self.message = w.HTML(), w.HTML()
-        wide, name = dict(layout=w.Layout(width="auto", min_width="180px")), dict(description_width="initial")
+        name = dict(description_width="initial")
         pick = lambda label, options, **k: w.Dropdown(description=label, options=options, style=name, layout=w.Layout(width="auto"), **k)
         steps = self.run.steps or [0]
         self.step = w.SelectionSlider(description="step", options=steps, value=steps[-1], continuous_update=False, layout=w.Layout(width="420px"))
         self.refresh, self.scope = w.Button(description="look again", tooltip="steps that were written meanwhile"), pick("groups of", ["this step", "all steps"])
         self.only, self.task = pick("show", list(ONLY)), pick("task", [("any", "")])
         self.sort, self.down = pick("sort by", list(SORTS)), w.Checkbox(description="largest first", indent=False, layout=w.Layout(width="auto"))
-        self.text = w.Text(placeholder="words of the prompt", continuous_update=False, layout=w.Layout(width="170px"))
+        word = lambda hint, width: w.Text(placeholder=hint, continuous_update=False, layout=w.Layout(width=width))
+        self.low, self.high, self.text = word("from", "64px"), word("to", "64px"), word("words of the prompt", "170px")
         self.prompt = w.Select(rows=6, layout=w.Layout(width="100%"))
         self.mode = w.ToggleButtons(options=["group", "film strip", "compare"], style=dict(button_width="90px"))
         self.layer, self.which = pick("on the picture", list(LAYERS)), w.BoundedIntText(description="phrase", min=0, max=99, style=name, layout=w.Layout(width="110px"))
         self.at = w.IntSlider(description="moment", min=0, max=1, value=1, style=name, layout=w.Layout(width="300px"))
         self.captions = w.Checkbox(description="captions", indent=False, layout=w.Layout(width="auto"))
-        self.other = w.Text(description="other run", placeholder="this one", continuous_update=False, style=name)
+        self.other = w.Text(description="other run", placeholder="this one; or ../another", continuous_update=False, style=name)
         self.other_step = w.BoundedIntText(description="its step", max=10**9, value=steps[0], style=name, layout=w.Layout(width="150px"))
         self.normalize, self.baseline, self.scale = pick("normalize", ["total", "each"]), pick("baseline", ["mean", "leave_one_out", "none"]), pick("scale", ["std", "none"])
-        slide = lambda label, high, step=.01: w.FloatSlider(description=label, min=0, max=high, step=step, readout_format=".2f", style=name, layout=w.Layout(width="300px"))
-        self.eps = w.FloatLogSlider(description="ε", min=-10, max=1, step=.25, style=name, layout=w.Layout(width="300px"))
+        slide = lambda label, high, step=.01: w.FloatSlider(description=label, min=0, max=high, step=step, readout_format=".2f", style=name, layout=w.Layout(width="270px"))
+        self.eps = w.FloatLogSlider(description="ε", min=-10, max=1, step=.25, style=name, layout=w.Layout(width="270px"))
         self.pair, self.clip_low, self.clip_high = slide("pair weight", 3), slide("clip low", 1), slide("clip high", 1)
         self.weights, self.sliders, self.reset = {}, w.HBox(layout=w.Layout(flex_flow="row wrap")), w.Button(description="as logged")
         row = lambda *xs: w.HBox(xs, layout=w.Layout(flex_flow="row wrap", align_items="center"))
         self.compare = row(self.other, self.other_step)
-        self.box = w.VBox([row(self.step, self.refresh, self.scope, self.only, self.task, self.sort, self.down, self.text), self.prompt, self.sliders,
+        self.box = w.VBox([row(self.step, self.refresh, self.scope, self.only, self.task, self.sort, self.low, self.high, self.down, self.text), self.prompt, self.sliders,
                            row(self.eps, self.pair, self.clip_low, self.clip_high, self.normalize, self.baseline, self.scale, self.reset),
                            row(self.mode, self.layer, self.which, self.at, self.captions), self.compare, self.message, self.view])
         self._slide = slide
-        for x in (self.step, self.scope, self.only, self.task, self.sort, self.down, self.text): x.observe(self._listed, "value")
+        for x in (self.step, self.scope, self.only, self.task, self.sort, self.low, self.high, self.down, self.text): x.observe(self._listed, "value")
         self.prompt.observe(self._picked, "value")
         for x in (self.eps, self.pair, self.clip_low, self.clip_high, self.normalize, self.baseline, self.scale, self.mode, self.layer, self.which, self.at,
                   self.captions, self.other, self.other_step): x.observe(self._draw, "value")
@@ -601,6 +605,7 @@ class Inspector:
     def look_again(self, _=None) -> None:
         "Take up steps that were written since."
         steps = self.run.steps or [0]
+        self.run.__dict__.pop("config", None)
         with self._quiet(): self.step.options, self.step.value = steps, self.step.value if self.step.value in steps else steps[-1]
         self._listed()
 
@@ -613,12 +618,14 @@ class Inspector:
             task = self.task.value
             self.task.options = [("any", ""), *((t, t) for t in sorted({f["task"] for f in facts if f["task"]} | ({task} if task else set())))]
             self.task.value = task
-            found = select(facts, self.only.value, task, self.text.value, self.sort.value, self.down.value)
+            bounds, odd = _bounds(self.low.value, self.high.value)
+            found = select(facts, self.only.value, task, self.text.value, self.sort.value, self.down.value, *bounds)
             kept = self.prompt.value
             self.prompt.options = [(_line(f), (f["step"], f["prompt_index"])) for f in found[:self.most]]
             values = [v for _, v in self.prompt.options]
             self.prompt.value = kept if kept in values else values[0] if values else None
-        problems = [f"Step {s} is left out: {e}" for s, e in sorted(self.run.problems.items()) if s in steps][:3]
+            self.prompt.rows, self.step.disabled = max(2, min(6, len(values))), self.scope.value == "all steps"
+        problems = [f"Step {s} is left out: {e}" for s, e in sorted(self.run.problems.items()) if s in steps][:3] + odd
         if len(found) > self.most: problems.append(f"The first {self.most} of {len(found)} groups are listed.")
         if not steps: problems = ["No groups have been logged yet (log.groups_every sets how often they are). Press ‘look again’ when the run is further."]
         self.message.value = html([tag("p", p) for p in problems])
@@ -649,16 +656,17 @@ class Inspector:
             self.sliders.children = tuple(self.weights.values())
             for n, v in s.weights.items(): self.weights[n].value = v
             for k in ("eps", "clip_low", "clip_high"): getattr(self, k).value = min(getattr(s, k), getattr(self, k).max)
-            for k in ("normalize", "baseline", "scale"): getattr(self, k).value = getattr(s, k)
+            for k in ("normalize", "baseline", "scale"):
+                if getattr(s, k) in getattr(self, k).options: getattr(self, k).value = getattr(s, k)
             self.pair.value = number(self.rows[0]["weight"]) if self.rows[0]["weight"] is not None else 1.0
         self._draw()
 
     @property
     def settings(self) -> Settings:
-        "As the controls stand."
+        "As the controls stand; a clip range at its end is none."
+        clip = [math.inf if x.value >= x.max else x.value for x in (self.clip_low, self.clip_high)]
         pair = self.pair.value if self.rows and self.pair.value != self.rows[0]["weight"] else None
-        return Settings({n: self.weights[n].value for n in reward_names(self.rows)}, self.normalize.value, self.baseline.value, self.scale.value, self.eps.value, pair,
-                        self.clip_low.value, self.clip_high.value)
+        return Settings({n: self.weights[n].value for n in reward_names(self.rows)}, self.normalize.value, self.baseline.value, self.scale.value, self.eps.value, pair, *clip)
 
     # -- what is shown
     def _draw(self, _=None) -> None:
@@ -690,6 +698,14 @@ class Inspector:
         from IPython.display import display
         display(self.box)
         threading.Thread(target=import_module, args=("unify_rl.grpo.advantage",), daemon=True).start()       # torch: while one looks, before one moves
+
+def _bounds(*texts: str) -> tuple[list, list]:
+    "Two numbers, an empty text is no bound; and what was wrong."
+    out, odd = [-math.inf, math.inf], []
+    for i, t in enumerate(texts):
+        try: out[i] = float(t) if t.strip() else out[i]
+        except ValueError: odd.append(f"{t!r} is not a number, so it is no bound.")
+    return out, odd
 
 def _line(f: dict) -> str:
     "A group in a list."
