@@ -408,7 +408,7 @@ LOOK = """<style>
 .ug {font: 12px/1.4 system-ui, sans-serif; color: #222; background: #fff; padding: .4em .6em; overflow-x: auto}
 .ug h4 {margin: .2em 0; font-size: 15px} .ug p {margin: .25em 0} .ug small, .ug .reason {color: #666}
 .ug .missing, .ug em {color: #b3261e; font-style: normal} .ug .note {background: #fff6d8; padding: .25em .6em; border-radius: 4px}
-.ug table {border-collapse: collapse; background: #fff; font: inherit} .ug td, .ug th {text-align: left; vertical-align: top; font-weight: normal; white-space: normal}
+.ug table {border-collapse: collapse; background: #fff; font: inherit} .ug td, .ug th {text-align: left !important; vertical-align: top; font-weight: normal; white-space: normal}
 .ug .side {table-layout: fixed} .ug .side > tbody > tr > * {padding: .3em .4em; border-top: 1px solid #e6e6e6; width: 122px; background: #fff; overflow-wrap: anywhere}
 .ug .side > tbody > tr > th {color: #666; width: 92px; overflow-wrap: normal; position: sticky; left: 0; z-index: 2} .ug .side tr.strong td {font-size: 14px; font-weight: 600}
 .ug td.flip {background: #fdebc8 !important} .ug .was {color: #888; font-weight: normal; font-size: 11px}
@@ -531,7 +531,7 @@ def strip(run: LoggedRun, rows: list[dict], most: int = 16, deep: int = 4) -> Ma
         group = run.group(f["step"], f["prompt_index"])
         best = sorted(group, key=lambda r: -number(r["reward"]) if number(r["reward"]) == number(r["reward"]) else math.inf)
         some = [best[i] for i in np.unique(np.linspace(0, len(best) - 1, min(deep, len(best))).round().astype(int))]
-        seen = [html([picture_html(run, r), tag("div.text", r["text"]) if r["text"] else "", tag("small", f"{number(r['reward']):.2f}")]) for r in some]
+        seen = [html([picture_html(run, r), tag("div.text", r["text"]) if r["text"] else "", tag("small", f"{x:.2f}" if (x := number(r["reward"])) == x else tag("em", "failed"))]) for r in some]
         label = "" if f["prompt_id"] == rows[0]["prompt_id"] else tag("div.text", f["prompt"])
         columns.append(tag("td", tag("b", f"step {f['step']}"), Markup("<br>"), f"{f['reward']:.2f} ± {f['spread']:.2f}", label, *seen))
     head = tag("p", f"{len(facts)} steps of {what}" + (f", {len(chosen)} of them shown" if len(chosen) < len(facts) else "") + "; best on top, mean ± standard deviation.")
