@@ -213,6 +213,8 @@ def test_recompute_keeps_what_does_not_apply_apart_from_what_failed(run):
     assert got.valid == [True, True, False, True] and got.adv[2] == 0 and got.rank[2] == 3
     unfailed = recompute(rows, Settings(dict(constraints=1.0, tidy=0.0)))            # weight 0 only observes
     assert all(unfailed.valid) and [f[0] for f in unfailed.flips if f[0] == 2] == [2]
+    spared = recompute([r | dict(raw_tidy=None if r["sample"] == 2 else r["raw_tidy"]) for r in rows], Settings(LAMBDA))
+    assert all(spared.valid) and spared.reward[2] == .75                              # null: it does not apply; NaN: it failed
     other = [r | dict(raw_accuracy=None) for r in rows]
     assert reward_names(other) == ["constraints", "tidy"] and recompute(other, Settings(LAMBDA | dict(accuracy=9.0))).adv == got.adv
 
@@ -335,7 +337,7 @@ def test_choosing_with_widgets(run):
     shown.mode.value, shown.layer.value = "group", "log-probability"
     assert "<rect" in shown.view.value
     shown.layer.value, shown.at.value = "nothing", 2
-    assert shown.at.max == 4 and 'class="layer cover"' in shown.view.value
+    assert shown.at.max == 4 and 'class="layer cover"' in shown.view.value and shown.view.value.count("<rect x") == 4 * 2
 
 
 def test_a_long_list_is_cut(run):
