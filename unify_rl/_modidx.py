@@ -360,6 +360,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'unify_rl.inspect.groups.picture_html': ( 'inspect.groups.html#picture_html',
                                                                                    'unify_rl/inspect/groups.py'),
                                          'unify_rl.inspect.groups.pixels': ('inspect.groups.html#pixels', 'unify_rl/inspect/groups.py'),
+                                         'unify_rl.inspect.groups.plus_minus': ( 'inspect.groups.html#plus_minus',
+                                                                                 'unify_rl/inspect/groups.py'),
                                          'unify_rl.inspect.groups.ranks': ('inspect.groups.html#ranks', 'unify_rl/inspect/groups.py'),
                                          'unify_rl.inspect.groups.recompute': ( 'inspect.groups.html#recompute',
                                                                                 'unify_rl/inspect/groups.py'),

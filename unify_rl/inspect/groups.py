@@ -30,8 +30,8 @@ __all__ = ['FACTS', 'ONLY', 'SORTS', 'RAMP', 'LAYERS', 'LOOK', 'SIGN', 'CELL', '
            'reward_names', 'number', 'group_facts', 'overview', 'select', 'Settings', 'Again', 'logged_settings',
            'recompute', 'ranks', 'clipped', 'data_uri', 'pixels', 'heat', 'boxes', 'grid_of', 'moments', 'order_of',
            'phrases_in', 'model_maps', 'captions_of', 'layers_for', 'run_cached', 'tokens_html', 'path_html',
-           'picture_html', 'group_view', 'follow', 'strip', 'twin', 'Inspector', 'spread_out', 'write_groups',
-           'write_notebook', 'open_lab']
+           'picture_html', 'group_view', 'plus_minus', 'follow', 'strip', 'twin', 'Inspector', 'spread_out',
+           'write_groups', 'write_notebook', 'open_lab']
 
 # %% ../../nbs/72_inspect.groups.ipynb #run
 FACTS = ("step", "prompt_index", "prompt_id", "task", "category", "prompt", "reward", "valid", "dead", "weight", "raw_")      # what the list of groups is made of
@@ -273,9 +273,7 @@ def grid_of(count: int, size: tuple) -> tuple[int, int]:
 
 def moments(row: dict) -> int:
     "At how many moments a sample can be looked at: its noisy steps, or the steps that filled it."
-    if row.get("time_image"): return len(row["time_image"])
-    text, image = ((max(o) + 1 if (o := row.get(f"order_{k}")) else len(row.get(f"logp_{k}") or ())) for k in ("text", "image"))
-    return max(text, image)
+    return max(max(o) + 1 if (o := row.get(f"order_{k}")) else len(row.get(f"time_{k}") or row.get(f"logp_{k}") or ()) for k in ("text", "image"))
 
 def order_of(row: dict, kind: str) -> list[int]:
     "When each place was filled."
@@ -387,12 +385,12 @@ def picture_html(run: LoggedRun, row: dict, layer: Markup | None = None, at: int
     if not uri: return tag("span.missing", "picture cannot be read")
     size = _size(uri)
     body = [Markup(f'<img alt="" src="{uri}">')]
-    path = data_uri(run, row.get("frames"), 4096) if at is not None else ""
+    n = len(row.get("time_image") or ())
+    path = data_uri(run, row.get("frames"), 4096) if at is not None and at < n else ""
     if path:
-        n = len(row["time_image"])
-        look = f"background:url({path}) {min(at, n) / n * 100:.3f}% 0/{(n + 1) * 100}% 100%;aspect-ratio:{size[1]}/{size[0]}"
+        look = f"background:url({path}) {at / n * 100:.3f}% 0/{(n + 1) * 100}% 100%;aspect-ratio:{size[1]}/{size[0]}"
         body = [Markup(f'<div class="frame" style="{look}"></div>')]
-    elif at is not None and not row.get("time_image") and (order := order_of(row, "image")):
+    elif at is not None and not n and (order := order_of(row, "image")):
         h, w = grid_of(len(order), size)
         blank = [tag("rect", x=i % w, y=i // w, width=1.02, height=1.02) for i, o in enumerate(order) if o >= at]
         body.append(tag("svg.layer cover", *blank, viewBox=f"0 0 {w} {h}", preserveAspectRatio="none"))
@@ -467,7 +465,11 @@ def _head(run, rows, new) -> Markup:
     answer = f" · right answer: {first['answer']}" if first["answer"] is not None else ""
     against = "" if math.isnan(D) else f" · rewards disagree about {D:.0%}"
     return html([source, tag("h4", first["prompt"]), tag("p", tag("small", place + answer)),
-                 tag("p", f"group mean {mean:.3f}, standard deviation {std:.3f}", was, against, dead), Markup('<div style="clear:both"></div>')])
+                 tag("p", "group mean ", mean, ", standard deviation ", std, was, against, dead), Markup('<div style="clear:both"></div>')])
+
+def plus_minus(f: dict) -> str:
+    "A group's mean and spread."
+    return " ± ".join(f"{x:.2f}" for x in (f["reward"], f["spread"]) if x == x) or "failed"
 
 def _same(x, y) -> bool: return y is None or math.isclose(x, y, rel_tol=1e-6, abs_tol=1e-9) or x != x and y != y
 
@@ -533,7 +535,7 @@ def strip(run: LoggedRun, rows: list[dict], most: int = 16, deep: int = 4) -> Ma
         some = [best[i] for i in np.unique(np.linspace(0, len(best) - 1, min(deep, len(best))).round().astype(int))]
         seen = [html([picture_html(run, r), tag("div.text", r["text"]) if r["text"] else "", tag("small", f"{x:.2f}" if (x := number(r["reward"])) == x else tag("em", "failed"))]) for r in some]
         label = "" if f["prompt_id"] == rows[0]["prompt_id"] else tag("div.text", f["prompt"])
-        columns.append(tag("td", tag("b", f"step {f['step']}"), Markup("<br>"), f"{f['reward']:.2f} ± {f['spread']:.2f}", label, *seen))
+        columns.append(tag("td", tag("b", f"step {f['step']}"), Markup("<br>"), plus_minus(f), label, *seen))
     head = tag("p", f"{len(facts)} steps of {what}" + (f", {len(chosen)} of them shown" if len(chosen) < len(facts) else "") + "; best on top, mean ± standard deviation.")
     return Markup(f'<div class="ug">{LOOK}{head}{tag("table.strip", tag("tr", *columns), style=f"width:{112 * len(columns)}px")}</div>')
 
@@ -556,7 +558,7 @@ def twin(
     lines = [("reward", a["reward"], b["reward"]), ("standard deviation", a["spread"], b["spread"]),
              *((n, mean(rows, n), mean(there, n)) for n in dict.fromkeys(reward_names(rows) + reward_names(there)))]
     table = tag("table.list", tag("tr", *(tag("th", h) for h in ("mean of", f"{run.dir.name}, step {rows[0]['step']}", f"{other.dir.name}, step {step}", "change"))),
-                *(tag("tr", tag("td", n), tag("td", x), tag("td", y), tag("td", f"{y - x:+.3f}")) for n, x, y in lines))
+                *(tag("tr", tag("td", n), tag("td", x), tag("td", y), tag("td", f"{y - x:+.3f}" if y - x == y - x else None)) for n, x, y in lines))
     return Markup(f'<div class="ug">{LOOK}{table}</div>' + group_view(run, rows, **view) + group_view(other, there, **view))
 
 # %% ../../nbs/72_inspect.groups.ipynb #inspector
@@ -712,7 +714,7 @@ def _line(f: dict) -> str:
     marks = [f"D {f['disagreement']:.2f}"] if f["disagreement"] == f["disagreement"] else []
     marks += ["dead"] if f["dead"] else []
     marks += [f"{f['errors']} failed"] if f["errors"] else []
-    return f"step {f['step']} · {f['prompt']} · {f['task']} · {f['reward']:.2f} ± {f['spread']:.2f}" + "".join(f" · {m}" for m in marks)
+    return f"step {f['step']} · {f['prompt']} · {f['task']} · {plus_minus(f)}" + "".join(f" · {m}" for m in marks)
 
 # %% ../../nbs/72_inspect.groups.ipynb #files
 def spread_out(xs: list, most: int) -> list:
