@@ -404,7 +404,7 @@ def _size(uri: str) -> tuple[int, int]:
 # %% ../../nbs/72_inspect.groups.ipynb #view
 LOOK = """<style>
 .ug {font: 12px/1.4 system-ui, sans-serif; color: #222; background: #fff; padding: .4em .6em; overflow-x: auto}
-.ug h4 {margin: .2em 0; font-size: 15px} .ug p {margin: .25em 0} .ug small, .ug .reason {color: #666}
+.ug h4, .ug p, .ug td {color: inherit} .ug h4 {margin: .2em 0; font-size: 15px} .ug p {margin: .25em 0} .ug small, .ug .reason {color: #666}
 .ug .missing, .ug em {color: #b3261e; font-style: normal} .ug .note {background: #fff6d8; padding: .25em .6em; border-radius: 4px}
 .ug table {border-collapse: collapse; background: #fff; font: inherit} .ug td, .ug th {text-align: left !important; vertical-align: top; font-weight: normal; white-space: normal}
 .ug .side {table-layout: fixed} .ug .side > tbody > tr > * {padding: .3em .4em; border-top: 1px solid #e6e6e6; width: 122px; background: #fff; overflow-wrap: anywhere}
