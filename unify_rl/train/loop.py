@@ -30,7 +30,7 @@ from ..rewards.verifiable import ask_ahead, score
 from .checkpoint import load_checkpoint, rng_state, save_checkpoint, set_rng_state
 from .config import Config
 from .engine import build_engine
-from .runlog import RunLog
+from .runlog import PATH_PIXELS, RunLog, action_columns, path_frames
 
 # %% auto #0
 __all__ = ['KINDS', 'part_weights', 'lr_factor', 'Trainer', 'phase', 'stop_on_signal']
@@ -121,12 +121,12 @@ class Trainer:
             adv = advantages(table.scores_RB, self.weights_R, rollout.group_size, table.applies_RB, torch.tensor([p.weight for p in prompts_B]), **asdict(cfg.advantage))
             own_B = torch.arange(len(rollout)) < len(rollout) - extra * rollout.group_size
             adv.valid_B &= own_B                                                       # company is not learned from
-        with phase(clock, "update"): stats, rows = self._update(rollout, adv)
+        with phase(clock, "update"): stats, rows, newest = self._update(rollout, adv)
         with phase(clock, "score"): stats |= self._teach(prompts_B, rollout)
         self.done += 1
         metrics = self._metrics(rollout, table, adv, own_B, stats, clock)
         if cfg.log.groups_every and (self.done == 1 or self.done % cfg.log.groups_every == 0) and engine.main:
-            self._log_groups(rollout, table, adv, rows)
+            self._log_groups(rollout, table, adv, rows, newest, extra)
         return metrics
 
     def _prompts(self) -> tuple[list, int]:
@@ -179,11 +179,12 @@ class Trainer:
         most = self.engine.even({k: len(v) for k, v in jobs.items()})
         return [job for k, n in most.items() for job in jobs[k] + [filler[k]] * (n - len(jobs[k]))]
 
-    def _update(self, rollout: Rollout, adv: Advantages) -> tuple[dict, dict]:
-        "The optimizer steps on one rollout; returns statistics, each (sum, count), and per-sample ones."
+    def _update(self, rollout: Rollout, adv: Advantages) -> tuple[dict, dict, dict]:
+        "The optimizer steps on one rollout; returns statistics, each (sum, count), per-sample ones, and log-probabilities by part and sample."
         cfg, engine, parts = self.cfg, self.engine, rollout.parts
         o, further, updates = cfg.objective, cfg.objective.further, cfg.objective.updates
         share, sums, rows = part_weights(parts, adv.valid_B, o.average, engine.sum), defaultdict(float), {}
+        newest = {}
         share = {id(p): w for p, w in zip(parts, share)}
         unrecorded = {id(p): torch.zeros_like(p.mask, dtype=torch.float32) for p in parts if p.logp_old is None}
         meter = self.meter if self.meter and self.done % cfg.log.agreement_every == 0 else None
@@ -206,11 +207,12 @@ class Trainer:
                 for name, v in s.items(): sums[name] += v.item() / updates
                 used += float(w.sum()) / updates
                 rows.update(_per_sample(piece, logp.detach(), said.get("kl"), cfg.objective))
+                newest.update(((id(part), b), x) for b, x in zip(piece.rows.tolist(), logp.detach()))
                 if id(part) in unrecorded: unrecorded[id(part)][i] = logp.detach().float()
             for p in parts: p.logp_old = unrecorded.pop(id(p), p.logp_old)              # old is what the first update started from
             if meter: cosine.append(meter.cosine())
             norms.append(self._step(len(passes)))
-        return self._statistics(sums, used, cosine, norms), rows
+        return self._statistics(sums, used, cosine, norms), rows, newest
 
     def _statistics(self, sums: dict, used: float, cosine: list, norms: list) -> dict:
         "Name -> (this process's part of the sum, of the count). Sums over a step's shares are whole; rows of dead groups may be left out, and have no ratio."
@@ -255,21 +257,26 @@ class Trainer:
         if not self.engine.any(bool(notes)): return {}
         return {"notes": sorted({n for text in self.engine.share_text(json.dumps(sorted(set(notes))[:3])) for n in json.loads(text)})[:3]}
 
-    def _log_groups(self, rollout, table, adv: Advantages, rows: dict) -> None:
-        G, N = rollout.group_size, len(rollout.prompts)
+    def _log_groups(self, rollout, table, adv: Advantages, rows: dict, newest: dict, extra: int = 0) -> None:
+        G, N = rollout.group_size, len(rollout.prompts) - extra
         chosen = [int(i) for i in torch.linspace(0, N - 1, min(self.cfg.log.groups_max, N)).round().unique()]
-        out, images, sources = [], [], []
+        tokenizer, picture, left = getattr(self.policy, "tokenizer", None), getattr(self.policy, "pictures", None) if self.engine.zero < 3 else None, PATH_PIXELS
+        words = lambda ids: tokenizer.batch_decode([[i] for i in ids]) if tokenizer else [str(i) for i in ids]
+        out, images, sources, frames = [], [], [], []
         for b in (n * G + g for n in chosen for g in range(G)):
             n, p = b // G, rollout.prompt(b)
             row = dict(prompt_index=n, sample=b % G, prompt_id=p.id, task=p.task, category=p.category, prompt=p.text, answer=p.answer, text=rollout.texts[b],
+                       phrases=list(p.key_phrases),
                        reward=adv.reward_B[b].item(), group_mean=adv.mean_N[n].item(), group_std=adv.std_N[n].item(), advantage=adv.adv_B[b].item(),
                        weight=p.weight, valid=bool(adv.valid_B[b]), dead=bool(adv.dead_N[n]), **rows.get(b, dict(clip_fraction=0.0, kl=math.nan)))
             for k, r in enumerate(self.rewards):
                 if table.applies_RB[k, b]:
                     raw = table.scores_RB[k, b].item()
                     row |= {f"raw_{r.name}": raw, f"weighted_{r.name}": raw * self.weights_R[k].item(), f"reason_{r.name}": table.reasons[k][b]}
-            out.append(row); images.append(rollout.images[b]); sources.append(p.image)
-        self.log.log_groups(self.done, out, images, sources)
+            out.append(row | action_columns(rollout.parts, b, newest, words)); images.append(rollout.images[b]); sources.append(p.image)
+            frames.append(path_frames(rollout.parts, b, rollout.images[b], picture, left))
+            left -= 0 if frames[-1] is None else frames[-1][..., 0].size
+        self.log.log_groups(self.done, out, images, sources, frames)
 
     # -- the run
     def run(self, on_step: Callable | None = None) -> bool:

@@ -25,7 +25,7 @@ __all__ = ['TEACHING', 'DRAWING', 'blanked_batch']
 
 # %% ../../nbs/58_train.pretrain_dimoo.ipynb #batch
 TEACHING = dict(estimator="unigrpo", draws=1, low=0.02, high=1.0)      # how examples are hidden
-DRAWING = dict(steps=24, remask=4.5, text_steps=10)                     # how the shipped policy fills its blanks, if nobody says otherwise
+DRAWING = dict(steps=24, remask=4.5, block=8, text_steps=3)            # how the shipped policy fills its blanks, if nobody says otherwise
 
 def blanked_batch(policy: DimooPolicy, world: World, rng: np.random.Generator, draws: int, asks: int, wrong: float = 0.3, terse: Callable = habit,
                   how: str = "focused", done: float = 1.0, dropped: float = 0.1, riddles: float = 0.2, edits: float = 0.2) -> list[Part]:
@@ -44,7 +44,7 @@ def blanked_batch(policy: DimooPolicy, world: World, rng: np.random.Generator, d
 def _tiny_dimoo(out: Path, seed: int, work: Path, steps, vq_steps, stages, track) -> Path:
     world, policy = World(), new_dimoo(vocabulary(), seed=seed_for(seed, "tiny-dimoo") % 2**31)
     tell = lambda stage, total: (lambda s, l: track(stage, s, total, l)) if track else None
-    stages, vq_steps, steps = stages or ("vq", "lm", "questions"), vq_steps or 1500, steps or 3000
+    stages, vq_steps, steps = stages or ("vq", "lm", "questions"), vq_steps or 1500, steps or 4000
     if "vq" in stages and not any((work / "vq").glob("step-*")):
         distill_vq(policy.vq, world, seed, vq_steps, black=0.0, track=tell("vq", vq_steps))
         save_checkpoint(work / "vq", vq_steps, dict(vq=policy.vq.state_dict()))

@@ -12,15 +12,16 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any, Iterator, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
 import numpy as np
 
 from ..core import UserError, nearest
 
 # %% auto #0
-__all__ = ['COLUMNS', 'FAMILIES', 'plain', 'writing', 'write_aside', 'run_folder', 'read_metrics', 'groups_table', 'save_png',
-           'logged_steps', 'read_groups', 'picture_path', 'read_samples', 'write_summary', 'read_summary', 'RunLog']
+__all__ = ['COLUMNS', 'FAMILIES', 'PATH_PIXELS', 'plain', 'writing', 'write_aside', 'run_folder', 'read_metrics', 'groups_table',
+           'save_png', 'logged_steps', 'read_rows', 'read_groups', 'picture_path', 'read_samples', 'write_summary',
+           'read_summary', 'action_columns', 'path_frames', 'RunLog']
 
 # %% ../../nbs/51_train.runlog.ipynb #plain
 def plain(x: Any) -> Any:
@@ -75,10 +76,11 @@ def read_metrics(
 # %% ../../nbs/51_train.runlog.ipynb #columns
 COLUMNS = dict(     # of a groups table, with their types
     step="int64", prompt_index="int64", sample="int64", prompt_id="string", task="string", category="string",
-    prompt="string", answer="string", text="string", image="string", source="string",
+    prompt="string", answer="string", text="string", image="string", source="string", frames="string", phrases="strings",
     reward="float64", group_mean="float64", group_std="float64", advantage="float64", weight="float64",
-    valid="bool", dead="bool", clip_fraction="float64", kl="float64")
-FAMILIES = dict(raw_="float64", weighted_="float64", reason_="string")      # + the reward's name
+    valid="bool", dead="bool", clip_fraction="float64", kl="float64", tokens="strings")
+FAMILIES = dict(raw_="float64", weighted_="float64", reason_="string",      # + the reward's name
+                logp_="floats", ratio_="floats", order_="ints", time_="floats", std_="floats")      # + 'text' or 'image'
 
 def groups_table(rows: list[dict]):
     "The rows as a pyarrow table with fixed column types."
@@ -88,7 +90,8 @@ def groups_table(rows: list[dict]):
         family = next((t for prefix, t in FAMILIES.items() if key.startswith(prefix)), None)
         if family is None: raise ValueError(f"unknown column {key!r} of a groups table. {nearest(key, COLUMNS)}")
         types[key] = family
-    schema = pa.schema([(k, pa.type_for_alias(t)) for k, t in types.items()])
+    lists = dict(floats=pa.float32(), ints=pa.int32(), strings=pa.string())
+    schema = pa.schema([(k, pa.list_(lists[t]) if t in lists else pa.type_for_alias(t)) for k, t in types.items()])
     return pa.Table.from_pylist([{k: _cell(v) for k, v in row.items()} for row in rows], schema=schema)
 
 def _cell(x): return x.item() if hasattr(x, "item") else x
@@ -109,20 +112,38 @@ def logged_steps(run_dir: str | Path) -> list[int]:
     "The steps whose groups were logged."
     return sorted(s for p in (run_folder(run_dir)/"groups").glob("step-*.parquet") if (s := _step_of(p)) >= 0)
 
+def _table_of(run_dir, step: int, columns: Sequence | None = None):
+    "The parquet table of a step."
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    path = Path(run_dir)/"groups"/f"step-{step:06d}.parquet"
+    try:
+        with pq.ParquetFile(pa.BufferReader(path.read_bytes())) as f: return f.read([c for c in f.schema_arrow.names if columns is None or _asked(c, columns)], use_threads=False)
+    except FileNotFoundError: pass
+    except (pa.ArrowException, OSError) as e: raise UserError(f"{path} cannot be read: {e}. Other steps are not affected.") from e
+    steps = logged_steps(run_dir)
+    if not steps: raise UserError(f"{run_dir} has no logged groups (log.groups_every sets how often they are kept)")
+    near = sorted(sorted(steps, key=lambda s: abs(s - step))[:4])
+    raise UserError(f"{run_dir} has no groups of step {step}. Nearest: {', '.join(map(str, near))} ({len(steps)} logged).")
+
+def _asked(name: str, columns: Sequence) -> bool: return name in columns or any(f in columns and name.startswith(f) for f in FAMILIES)
+
+def read_rows(
+    run_dir: str | Path,
+    step: int,                              # one of `logged_steps(run_dir)`
+    columns: Sequence | None = None,        # only these, 'raw_' stands for all of its family; None: all
+) -> list[dict]:                            # one dict an output; None where a value or a whole column is missing
+    "The reward groups logged at `step`, as plain Python."
+    missing = dict.fromkeys(c for c in (COLUMNS if columns is None else columns) if c not in FAMILIES)
+    return [missing | row for row in _table_of(run_dir, step, columns).to_pylist()]
+
 def read_groups(
     run_dir: str | Path,
     step: int,              # one of `logged_steps(run_dir)`
 ):                          # pandas.DataFrame, one row an output
     "The reward groups logged at `step`."
     import pyarrow as pa
-    import pyarrow.parquet as pq
-    steps, path = logged_steps(run_dir), Path(run_dir)/"groups"/f"step-{step:06d}.parquet"
-    if not steps: raise UserError(f"{run_dir} has no logged groups (log.groups_every sets how often they are kept)")
-    if step not in steps:
-        near = sorted(sorted(steps, key=lambda s: abs(s - step))[:4])
-        raise UserError(f"{run_dir} has no groups of step {step}. Nearest: {', '.join(map(str, near))} ({len(steps)} logged).")
-    try: table = pq.ParquetFile(path).read()
-    except (pa.ArrowException, OSError) as e: raise UserError(f"{path} cannot be read: {e}. Other steps are not affected.") from e
+    table = _table_of(run_dir, step)
     df = table.to_pandas()
     for f in table.schema:                         # a missing text is None with every version of pandas
         if f.type == pa.string(): df[f.name] = df[f.name].astype(object).where(df[f.name].notna(), None)
@@ -161,6 +182,79 @@ def _read_json(path):
     try: return json.loads(path.read_bytes())
     except ValueError as e: raise UserError(f"{path} is not JSON: {e}") from None
 
+# %% ../../nbs/51_train.runlog.ipynb #actions
+def action_columns(
+    parts: list,                # of a rollout, after the update
+    b: int,                     # which sample
+    newest: dict,               # (id of a part, sample) -> [T] log-probabilities in the last update
+    decode: Callable,           # token ids -> their texts
+) -> dict:                      # column -> list
+    "What is known of each action of one sample."
+    out = {}
+    for part in parts:
+        at = (part.rows == b).nonzero()
+        if not len(at): continue
+        for name, values in _of_part(part, int(at[0, 0]), newest.get((id(part), b)), decode).items():
+            if values is not None: out[name] = out.get(name, []) + values
+    return out
+
+def _of_part(part, i: int, new, decode) -> dict:
+    "The columns of row `i` of a part; what is not known is None."
+    k, s, actions, mask = part.kind, part.settings, part.actions[i], part.mask[i]
+    old = None if part.logp_old is None or (new is None and not part.logp_old[i].any()) else part.logp_old[i].float()
+    ratio = None if old is None or new is None else (new.float() - old).exp()
+    if s.get("window"): return {f"logp_{k}": _list(old), f"ratio_{k}": _list(ratio)} | {f"{n}_{k}": v for n, v in _noisy_steps(s).items()}
+    if actions.is_floating_point(): return {f"logp_{k}": _list(old), f"ratio_{k}": _list(ratio), f"time_{k}": _draw_times(part, i)}
+    order, keep = None, mask
+    if actions.ndim == 2: (actions, order), keep = actions.unbind(-1), mask.view(-1, len(actions)).any(0)
+    known = lambda x: None if x is None else _list(_mean_of_draws(x, mask, len(actions))[keep])
+    tokens = {"tokens": decode(actions[keep].tolist())} if k == "text" else {}
+    return {f"logp_{k}": known(old), f"ratio_{k}": known(ratio), f"order_{k}": None if order is None else order[keep].tolist()} | tokens
+
+def _list(x): return None if x is None else x.tolist()
+
+def _mean_of_draws(x, mask, T: int):
+    "[T] of [n·T]: the mean over the draws that scored a place."
+    x, mask = x.view(-1, T), mask.view(-1, T)
+    return (x * mask).sum(0) / mask.sum(0)
+
+def _noisy_steps(s: dict) -> dict:
+    "Time and standard deviation of a flow's stochastic steps."
+    import torch
+    from unify_rl.mechanisms.flow import step_coefficients
+    t, after = (torch.tensor([s["times"][i + j] for i in s["window"]], dtype=torch.float64) for j in (0, 1))
+    return dict(time=t.tolist(), std=step_coefficients(t, after, s["noise_level"], s["form"])[2].tolist())
+
+def _draw_times(part, i: int) -> list:
+    "The times at which the forward estimator looked; they do not depend on the noise, so none is made."
+    import torch
+    from unify_rl.mechanisms.flow import forward_draws
+    s = part.settings
+    return forward_draws(torch.zeros(1, 0), s["seed"], part.rows[i:i+1] // s["group_size"], part.actions.shape[1], s["draw_shift"]).t[0].tolist()
+
+# %% ../../nbs/51_train.runlog.ipynb #frames
+PATH_PIXELS = 2**22     # of all frames of a step together: 7 000 pictures of 24 x 24, or 16 of 512 x 512
+
+def path_frames(
+    parts: list,                # of a rollout
+    b: int,                     # which sample
+    picture: np.ndarray | None, # its picture, for the size of a frame
+    decode: Callable | None,    # (latents [n, L, C], grid) -> pictures; None: the policy has none
+    pixels: int,                # what may still be decoded
+) -> np.ndarray | None:         # [H, (T+1)·W, 3]: the states before and after each noisy step, side by side
+    "How a flow's picture came about."
+    for part in parts:
+        at = (part.rows == b).nonzero()
+        if not len(at) or not part.settings.get("window") or decode is None or picture is None: continue
+        path = part.actions[int(at[0, 0])]                                      # [T, 2, L, C]
+        if (len(path) + 1) * picture[..., 0].size <= pixels: return np.concatenate(decode(_states(path), part.settings["grid"]), 1)
+    return None
+
+def _states(path):
+    "[T+1, L, C]: the state before the first step, and after each."
+    import torch
+    return torch.cat([path[:1, 0], path[:, 1]])
+
 # %% ../../nbs/51_train.runlog.ipynb #runlog
 class RunLog:
     "Writes a run folder: metrics, groups, and samples of evaluations."
@@ -194,18 +288,20 @@ class RunLog:
 
     def log_groups(self,
         step: int,
-        rows: list[dict],                           # `COLUMNS` and families, without step, image, source
+        rows: list[dict],                           # `COLUMNS` and families, without step and files
         images: Sequence = (),                      # a picture or None for each row; () if there are none
         sources: Sequence = (),                     # the picture asked about or edited, or None, for each row
+        frames: Sequence = (),                      # how it came about, side by side, or None, for each row
     ) -> None:
         "Write the reward groups of `step`: pictures, then the table."
         folder = f"groups/step-{step:06d}"
-        names = [f"{r['prompt_index']:02d}-{r['sample']:02d}.png" for r in rows]
+        stems = [f"{r['prompt_index']:02d}-{r['sample']:02d}" for r in rows]
+        names, paths = [f"{s}.png" for s in stems], [f"{s}-frames.png" for s in stems]
         shared = [f"{r['prompt_index']:02d}-source.png" for r in rows]
-        files = {n: x for n, x in [*zip(names, images), *zip(shared, sources)] if x is not None}
+        files = {n: x for n, x in [*zip(names, images), *zip(shared, sources), *zip(paths, frames)] if x is not None}
         self._pictures(folder, files)
         where = lambda name: f"{folder}/{name}" if name in files else None
-        rows = [{**r, "step": step, "image": where(n), "source": where(s)} for r, n, s in zip(rows, names, shared)]
+        rows = [{**r, "step": step, "image": where(n), "source": where(s), "frames": where(p)} for r, n, s, p in zip(rows, names, shared, paths)]
         self._table(folder, rows)
 
     def log_samples(self,
