@@ -135,10 +135,12 @@ def read_hosts(path: str | Path, slots: int) -> list[str]:
 
 # %% ../../nbs/60_train.launch.ipynb #node
 RANK = '''"""One process of a run; torchrun starts one for each GPU."""
+import os
 import sys
 
 from unify_rl.cli import main
 
+if os.environ.get("RANK", "0") != "0": sys.argv.append("--quiet")       # one of them tells how it goes
 code = main()
 sys.exit(0 if code == 130 else code)        # 130: stopped in good order; the others are not to be killed for it
 '''
@@ -176,13 +178,14 @@ resume=""
 if [ -e "$here/../config.yaml" ]; then resume="--resume"; fi        # there is something to continue
 
 torchrun --nnodes {job.nodes} --nproc_per_node {job.local} {rendezvous} --max_restarts 0 \\
-  "$here/rank.py" {shlex.join(train_words(job))} --quiet $resume &
+  "$here/rank.py" {shlex.join(train_words(job))} $resume &
 agent=$!
 echo $agent > "$here/pid.$(hostname)"
 # A wish to stop goes to the ranks, past torchrun, which would kill them after 30 seconds: they finish the step and save.
 stop() {{ echo "stopping after this step"; kill -TERM $(pgrep -P $agent) 2>/dev/null; }}
 trap stop TERM INT USR1
-while kill -0 $agent 2>/dev/null; do wait $agent; code=$?; done
+while :; do wait $agent; code=$?; kill -0 $agent 2>/dev/null || break; done           # a signal interrupts the wait, not the run
+if [ $code -gt 128 ]; then wait $agent; last=$?; [ $last -ne 127 ] && code=$last; fi
 rm -f "$here/pid.$(hostname)"
 exit $code
 """
@@ -226,7 +229,7 @@ srun --kill-on-bad-exit=1 bash "$RUN/launch/node.sh" &
 step=$!
 stopping=0
 trap 'stopping=1; echo "$(date) time is nearly up: asking the ranks to stop"; kill -TERM $step' TERM      # srun passes it to node.sh, node.sh to the ranks
-while kill -0 $step 2>/dev/null; do wait $step; code=$?; done
+while :; do wait $step; code=$?; kill -0 $step 2>/dev/null || break; done            # a signal interrupts the wait, not the run
 
 if [ ! -e "$RUN/summary.json" ] && [ $stopping = 1 ]; then
   echo "$(date) not done yet: back into the queue, to continue"
