@@ -18,8 +18,8 @@ from typing import Callable, Iterable
 
 from .core import UserError
 from .data.stream import check_source
-from .policies.base import weight_files
-from .policies.load import policies
+from .policies.base import read_json, weight_files
+from .policies.load import FAMILIES, policies
 from .train.config import Config, load_config
 from .train.plan import MODELS, full_size, reward_models
 
@@ -132,10 +132,14 @@ def cached_folder(repo: str) -> Path | None:
     except Exception: return None           # not there; each version of the client says so in its own way
 
 def lacks(folder: Path) -> str:
-    "What a model's folder lacks; '' if nothing."
-    others = [f for f in folder.iterdir() if f.suffix in (".bin", ".pt")] if folder.is_dir() else []
-    if others and not list(folder.glob("*.safetensors")): return ""
-    try: weight_files(folder)
+    "What a model's folder lacks; '' if nothing. Of a policy every file is looked for, of another model its weights."
+    try:
+        kind = read_json(folder/"config.json").get("model_type") if (folder/"config.json").exists() else None
+        family = FAMILIES.get(kind)
+        gone = [name for name in (*family.needs, *family.weights, *family.more) if not (folder/name).is_file()] if family else []
+        if gone: return f"{gone[0]} is missing"
+        others = [f for f in folder.glob("*") if f.suffix in (".bin", ".pt")]
+        if not others or list(folder.glob("*.safetensors")): weight_files(folder, family.weights if family else ())
     except UserError as e: return str(e).replace(f"{folder}{os.sep}", "").replace(str(folder), "the copy in the cache")
     return ""
 
