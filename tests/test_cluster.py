@@ -243,7 +243,7 @@ def dry(tmp_path, the_job, **kwargs):
     said = []
     assert launch(the_job, dry_run=True, say=said.append, **kwargs) == 0
     assert not (tmp_path/"run").exists()
-    return "\n".join(said).replace(str(tmp_path), "/scratch").replace(os.getcwd(), "/home/me").replace(f"VENV:-{sys.prefix if sys.prefix != sys.base_prefix else ''}}}", "VENV:-}")
+    return "\n".join(said).replace(str(tmp_path), "/scratch").replace(os.getcwd(), "/home/me").replace(f"VENV-{sys.prefix if sys.prefix != sys.base_prefix else ''}}}", "VENV-}")
 
 
 @pytest.mark.parametrize("name", ["slurm", "hosts", "cpu"])
@@ -266,7 +266,7 @@ def test_dry_runs_read_as_they_did(name, tmp_path):
     (dict(gpus=8, nodes=4), ["rollout.prompts=20"], "for 32 processes it must be a multiple of 32; the nearest is rollout.prompts=32"),
     (dict(gpus=5), ["rollout.prompts=16"], "must be a multiple of 5; the nearest is rollout.prompts=15"),
     (dict(gpus=1), ["rollout.prompts=x"], "rollout.prompts: expected a whole number"), (dict(gpus=1), ["engine.zero=2"], "give --zero instead"),
-    (dict(recipe="pairuni", gpus=8), ["data.path=nowhere"], "nowhere"), (dict(resume=True), [], "--resume: there is no run"), (dict(gpus=1, config_file="no.yaml"), [], "no.yaml")])
+    (dict(recipe="pairuni", gpus=8), ["data.path=nowhere", "rollout.prompts=16"], "nowhere"), (dict(resume=True), [], "--resume: there is no run"), (dict(gpus=1, config_file="no.yaml"), [], "no.yaml")])
 def test_bad_jobs(kwargs, settings, message, tmp_path):
     with pytest.raises(UserError) as e: check_job(job(tmp_path, *settings, **kwargs))
     assert message in str(e.value)
@@ -301,7 +301,7 @@ def test_other_mistakes(tmp_path):
     with pytest.raises(UserError, match="--nodes is 3, but .* names 2 machines"): launch(job(tmp_path, nodes=3), hostfile=tmp_path/"hosts", dry_run=True)
     with pytest.raises(UserError, match="not both"): launch(job(tmp_path), hostfile=tmp_path/"hosts", slurm=tmp_path/"s")
     (tmp_path/"s").write_text("mine")
-    with pytest.raises(UserError, match="is there already and says something else"): launch(job(tmp_path, gpus=8, nodes=2), slurm=tmp_path/"s", say=lambda s: None)
+    with pytest.raises(UserError, match="is there already and says something else"): launch(job(tmp_path, "rollout.prompts=32", gpus=8, nodes=2), slurm=tmp_path/"s", say=lambda s: None)
     assert (tmp_path/"s").read_text() == "mine" and not (tmp_path/"run").exists()
     (tmp_path/"run").mkdir(); (tmp_path/"run"/"config.yaml").touch()
     with pytest.raises(UserError, match="already holds a run: continue it with --resume"): check_job(job(tmp_path))
@@ -310,13 +310,13 @@ def test_other_mistakes(tmp_path):
 def test_what_is_written(tmp_path):
     "A script job writes its files and starts nothing; the folder is still free for a run."
     said = []
-    assert launch(job(tmp_path, gpus=8, nodes=2, zero=2, config_file=None), slurm=tmp_path/"job.sbatch", say=said.append) == 0
+    assert launch(job(tmp_path, "rollout.prompts=32", gpus=8, nodes=2, zero=2), slurm=tmp_path/"job.sbatch", say=said.append) == 0
     assert sorted(p.name for p in (tmp_path/"run"/"launch").iterdir()) == ["environment.sh", "job.json", "node.sh", "rank.py"] and f"sbatch {tmp_path}/job.sbatch" in said[-1]
     command = json.loads((tmp_path/"run"/"launch"/"job.json").read_text())["command"]
-    assert command == ["unify_rl", "train", "grpo", "--policy", "tiny-janus", "engine.zero=2", f"run_dir={tmp_path}/run"]
+    assert command == ["unify_rl", "train", "grpo", "--policy", "tiny-janus", "engine.zero=2", "rollout.prompts=32", f"run_dir={tmp_path}/run"]
     RunLog(tmp_path/"run")
     with pytest.raises(UserError, match="already holds a run"): RunLog(tmp_path/"run")
-    assert launch(job(tmp_path, gpus=8, nodes=2, zero=2), slurm=tmp_path/"job.sbatch", say=said.append) == 0          # the same again is no conflict
+    assert launch(job(tmp_path, "rollout.prompts=32", gpus=8, nodes=2, zero=2), slurm=tmp_path/"job.sbatch", say=said.append) == 0          # the same again is no conflict
 
 
 def test_nasty_names_stay_words(tmp_path):

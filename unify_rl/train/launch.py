@@ -213,7 +213,7 @@ def slurm_script(job: Job) -> str:
 ##SBATCH --qos=
 
 # ---- for your site ---------------------------------------------------------------------------------------------------
-export VENV="${{VENV:-{sys.prefix if sys.prefix != sys.base_prefix else ''}}}"          # a virtual environment that all nodes see; empty: none
+export VENV="${{VENV-{sys.prefix if sys.prefix != sys.base_prefix else ''}}}"          # a virtual environment that all nodes see; empty: none
 MODULES=""                                   # e.g. "cuda/12.4 gcc/12"
 # ----------------------------------------------------------------------------------------------------------------------
 set -u
