@@ -218,7 +218,7 @@ def check_known(policy: str | None, cached: Callable = cached_folder) -> list[Fi
     "Every model that the package knows; only a policy that was asked for is needed."
     known = [check_model("a policy", n, False, cached) for n in full_size() if n != policy]
     rewards = [check_model("rewards", n, False, cached) for n in MODELS if "/" in n and n != "xswu/HPSv2"] + [check_file("reward hps", "xswu/HPSv2", "HPS_v2.1_compressed.pt", False)]
-    return [check_model("the policy", policy, cached=cached)] * bool(policy) + known + rewards
+    return ([check_model("the policy", policy, cached=cached)] if policy else []) + known + rewards
 
 def check_run(cfg: Config) -> list[Finding]:
     "Data and trackers of one run."
