@@ -185,6 +185,7 @@ def test_lora_trains_little_and_keeps_no_reference():
     assert b.counted.trained == sum(w.numel() for w in real.parameters() if w.requires_grad)
 
 
+@pytest.mark.slow
 def test_advice_is_tried_out_and_has_nothing_to_spare():
     cfg = config("tiny-janus", "optimizer.micro_batch=64", "rollout.prompts=16", "rollout.group_size=4", "rollout.max_text=40")
     roomy, none = advise(cfg, 2**30, Layout(2), 12)
