@@ -264,7 +264,7 @@ class RunLog:
     ):
         self.dir = Path(run_dir)
         if resume and not self.dir.is_dir(): raise UserError(f"nothing to resume: there is no run folder {self.dir}")
-        if not resume and self.dir.is_dir() and any(self.dir.iterdir()):
+        if not resume and self.dir.is_dir() and any(p.name != "launch" for p in self.dir.iterdir()):      # what a launcher wrote is no run
             raise UserError(f"{self.dir} already holds a run: continue it with --resume, or choose another run_dir (run_dir=...)")
         with writing(self.dir): (self.dir/"groups").mkdir(parents=True, exist_ok=True)
         self.truncate(math.inf)
