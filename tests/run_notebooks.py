@@ -34,7 +34,7 @@ def notebooks(root: Path = ROOT) -> list[Path]:
 def command(path: Path, flags: str) -> list[str]:
     "What runs one notebook in a process of its own."
     if path.parent.name == "tutorials": return [sys.executable, "-c", TUTORIAL, str(path)]
-    return [sys.executable, "-c", "from nbdev.test import nbdev_test; nbdev_test()", str(path), "--do_print", *(["--flags", flags] if flags else [])]
+    return [str(Path(sys.executable).with_name("nbdev-test")), str(path), "--do-print", *(["--flags", flags] if flags else [])]      # the script: called otherwise it runs all
 
 
 def run(path: Path, flags: str = "", timeout: float = 600) -> tuple[float, str]:
