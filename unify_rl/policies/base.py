@@ -20,7 +20,7 @@ from ..core import Part, Prompt, Rollout, UserError, generator_for, nearest, see
 
 # %% auto #0
 __all__ = ['Policy', 'read_json', 'weight_files', 'file_shapes', 'check_keys', 'load_tokenizer', 'check_types', 'from_section',
-           'check_picture', 'output_generators', 'group_numbers']
+           'check_picture', 'output_generators', 'group_numbers', 'check_contract']
 
 # %% ../../nbs/20_policies.base.ipynb #policy
 class Policy(nn.Module):
@@ -214,3 +214,56 @@ def group_numbers(prompts: list, which: list, G: int) -> Tensor:
         k = seen[p.id] = seen.get(p.id, -1) + 1
         if i in which: out += [seed_for("group", p.id, k)] * G
     return torch.tensor(out, dtype=torch.long)
+
+# %% ../../nbs/20_policies.base.ipynb #contract
+def _promise(kept, policy: Policy, what: str) -> None:
+    if not kept: raise UserError(f"{policy.name} breaks a promise that every trainer relies on: {what}")
+
+def _check_outputs(policy: Policy, rollout: Rollout, again: Rollout) -> None:
+    "Promise 1."
+    same = rollout.texts == again.texts and all(a is b is None or np.array_equal(a, b) for a, b in zip(rollout.images, again.images))
+    _promise(same, policy, "sample gives the same outputs for the same generator. Is there a dice of its own somewhere?")
+    for b, (text, image) in enumerate(zip(rollout.texts, rollout.images)):
+        task = rollout.prompt(b).task
+        if task != "answer": check_picture(image, f"{policy.name}, task {task!r}, output {b}")
+        _promise(task in ("generate", "edit") or isinstance(text, str), policy, f"an output of the task {task!r} has a text (output {b} has {text!r})")
+    covered = {b for part in rollout.parts for b in part.rows.tolist()}
+    _promise(covered == set(range(len(rollout))), policy, f"every output has a row of a part; without one: {sorted(set(range(len(rollout))) - covered)[:3]}")
+
+def _check_scores(policy: Policy, part: Part, tolerance: float) -> dict:
+    "Promises 2 to 4 of one part."
+    logp, again, some = policy(part).detach(), policy(part).detach(), torch.arange(len(part), device=part.rows.device)[1::2]
+    _promise(logp.shape == part.mask.shape, policy, f"logp has the shape of the mask, {list(part.mask.shape)}; it has {list(logp.shape)}")
+    _promise(bool((logp[~part.mask] == 0).all()), policy, f"logp is 0 where the mask is False (kind {part.kind!r})")
+    gap = float(((again if part.logp_old is None else part.logp_old) - logp)[part.mask].abs().max())
+    _promise(gap <= tolerance, policy, f"on-policy the ratio is 1, but logp and what sample recorded are up to {gap:.2g} apart (kind {part.kind!r}). "
+             "Look at positions, the order of the actions, temperature and the end of the text")
+    alone = float((policy(part.select(some)).detach() - logp[some]).abs().max()) if len(some) else 0.0
+    _promise(alone <= tolerance, policy, f"a row does not depend on the rows beside it, but alone it differs by {alone:.2g} (kind {part.kind!r})")
+    return dict(kind=part.kind, actions=list(part.actions.shape), logp=list(logp.shape), recorded=part.logp_old is not None, gap=gap, alone=alone)
+
+def _check_gradient(policy: Policy, parts: list[Part]) -> None:
+    "Promise 5; what trains afterwards is what trained before."
+    before = {n: p.requires_grad for n, p in policy.named_parameters()}
+    if policy.trains: policy.train_only(list(policy.trains))
+    own = {n: p for n, p in policy.named_parameters() if p.requires_grad}
+    found = [torch.autograd.grad(policy(part).sum(), list(own.values()), allow_unused=True) for part in parts]
+    for n, p in policy.named_parameters(): p.requires_grad_(before[n])
+    grads = [(n, g) for each in found for n, g in zip(own, each) if g is not None]
+    odd = [n for n, g in grads if not g.isfinite().all()]
+    _promise(not odd, policy, f"the gradient is finite; that of {(odd or [''])[0]} is not")
+    _promise(any(g.any() for _, g in grads), policy, f"the gradient reaches what trains ({', '.join(policy.trains) or 'all parameters'}); it is 0 everywhere")
+
+def check_contract(
+    policy: Policy,
+    prompts: list[Prompt],      # a few, of every task it can do
+    group_size: int = 2,
+    tolerance: float = 1e-3,    # of log-probabilities
+    **settings,                 # of `sample`
+) -> list[dict]:                # a row for each part: shapes, and how far apart the numbers were
+    "Does a policy keep the five promises that training relies on? A `UserError` names the first that is broken."
+    rollout, again = (policy.sample(prompts, group_size, generator_for("contract", device=policy.device.type), **settings) for _ in range(2))
+    _check_outputs(policy, rollout, again)
+    rows = [_check_scores(policy, part, tolerance) for part in rollout.parts]
+    _check_gradient(policy, rollout.parts)
+    return rows
