@@ -157,9 +157,11 @@ def test_zero_divides():
     n, N = 1_000_000, 8
     s = {z: states(2 * n, n, Layout(N, z), True) for z in range(4)}
     keep = lambda z: (s[z]["weights"], s[z]["gradients"], s[z]["optimizer"], s[z]["reference"])
-    assert keep(0) == (8 * n, 4 * n, 8 * n, 4 * n) and s[0]["buckets"] == 4 * n
+    assert keep(0) == (8 * n, 4 * n, 8 * n, 4 * n) and s[0]["buckets"] == 0 and s[1]["buckets"] == 8 * n
     assert keep(1) == (8 * n, 4 * n, 12 * n // 8, 4 * n) and keep(2) == (8 * n, 4 * n // 8, 12 * n // 8, 4 * n) and keep(3) == (n, n // 2, 12 * n // 8, n // 2)
-    assert s[3]["gathered to sample"] == 8 * n and states(4 * 10**9, n, Layout(N, 3, gather="layer"), True)["gathered to sample"] == 4 * 10**9
+    assert s[3]["gathered to sample"] == 8 * n
+    half = states(2 * n, n, Layout(N, 2), True, half=True)
+    assert (half["weights"], half["gradients"], half["optimizer"]) == (4 * n, 2 * n // 8, 12 * n // 8) and states(2 * n, n, Layout(N), True, half=True)["weights"] == 8 * n
     off = states(2 * n, n, Layout(N, 3, "params"), False)
     assert off["weights"] == off["optimizer"] == 0 and states(2 * n, n, Layout(N, 2, "optimizer"), False)["weights"] == 8 * n
     alone = states(2 * n, n, Layout(1), False)
@@ -214,7 +216,7 @@ def test_reward_models_are_named_and_placed():
 @pytest.mark.parametrize("kwargs, message", [
     (dict(recipe="lvrpro"), "unknown recipe 'lvrpro'. Did you mean 'lvrpo'"), (dict(policy="tiny-jan"), "Did you mean 'tiny-janus'"), (dict(policy="some/other"), "hf download some/other"),
     (dict(gpus="8 big ones"), "such as 8x80GB"), (dict(gpus="0x80GB"), "such as 8x80GB"), (dict(zero=4), "--zero is 4"), (dict(offload="optimizer"), "give --zero 1, 2 or 3"),
-    (dict(offload="params", zero=2), "ZeRO-3 only"), (dict(offload="disk", zero=2), "Known: none, optimizer, params"), (dict(gather="row"), "Known: layer, phase"), (dict(words=0), "--words is 0"),
+    (dict(offload="params", zero=2), "ZeRO-3 only"), (dict(offload="disk", zero=2), "Known: none, optimizer, params"), (dict(words=0), "--words is 0"),
     (dict(gpus="3x80GB"), "must be a multiple of 3; the nearest is rollout.prompts=24"), (dict(overrides=["rollout.promts=8"]), "rollout.promts: unknown key"), (dict(recipe="corl", policy="tiny-janus"), "consists of stages")])
 def test_bad_plans(kwargs, message):
     with pytest.raises(UserError, match=re.escape(message)): plan_recipe(**(dict(recipe="grpo", policy="tiny-janus", overrides=["rollout.prompts=25"] if "3x" in kwargs.get("gpus", "") else []) | kwargs))

@@ -15,8 +15,9 @@ from typing import Callable, Sequence
 from .core import UserError
 
 # %% auto #0
-__all__ = ['PAIRS_MANUAL', 'Parser', 'train_manual', 'recipe_list', 'parser', 'train', 'evaluate', 'pretrain', 'merge', 'pairs',
-           'read_sides', 'pairs_table', 'suite_scores', 'score_table', 'parse', 'main']
+__all__ = ['SERVE_MANUAL', 'LAUNCH_MANUAL', 'PAIRS_MANUAL', 'Parser', 'train_manual', 'recipe_list', 'parser', 'train',
+           'evaluate', 'pretrain', 'merge', 'inspect', 'serve', 'launch', 'plan', 'doctor', 'pairs', 'read_sides',
+           'pairs_table', 'suite_scores', 'score_table', 'parse', 'main']
 
 # %% ../nbs/80_cli.ipynb #parser
 class Parser(argparse.ArgumentParser):
@@ -44,6 +45,39 @@ examples
 
 settings (key = default)
 {describe()}"""
+
+SERVE_MANUAL = """who may ask
+  Programs on the same machine that show the token (Authorization: Bearer). It is read from --token-file or from
+  UNIFY_RL_REWARD_TOKEN; if there is none, one is made and printed. With --host 0.0.0.0 other machines come in too, and
+  then the token must be given. HTTP is not encrypted: across a network that is not yours, use ssh -L.
+
+how a training asks
+  rewards:
+  - {name: semantic, weight: 1.0, settings: {url: http://127.0.0.1:8000}}
+  or on the command line rewards.semantic.settings.url=http://127.0.0.1:8000
+  Further settings: timeout (60 s), retries (3), token_env, token_file, reward (its name at the server, if another).
+  Settings of the reward itself must be the server's; give both the same --config.
+  An unanswered question is a failed scorer: masked and counted, or the end of the run, as on_error says; never 0.
+
+what it answers
+  /          a page for people (no token)
+  /health    rewards and their settings, requests, errors, limits
+  /score, /check    JSON with PNG; nothing that is sent is ever run
+
+examples
+  unify_rl serve-rewards --rewards semantic,knowledge --device cuda:1
+  unify_rl serve-rewards --config mine.yaml --host 0.0.0.0 --token-file ~/.reward-token
+"""
+
+LAUNCH_MANUAL = """what it does
+  Checks the run, writes its scripts into run_dir/launch, and starts it with torchrun on this machine; for several nodes it writes
+  a Slurm script or the command for each host. Every process is `unify_rl train`: one trainer, only the start differs.
+
+examples
+  unify_rl launch grpo --gpus 8                                                      this machine, a whole copy on each GPU
+  unify_rl launch grpo --gpus 0 --processes 2                                        two processes on the CPU
+  unify_rl launch lvrpo --policy ByteDance-Seed/BAGEL-7B-MoT --gpus 8 --nodes 4 --zero 3 --slurm job.sbatch --dry-run
+  unify_rl launch pairuni --policy deepseek-community/Janus-Pro-7B --gpus 8 --zero 2 --hostfile hosts"""
 
 PAIRS_MANUAL = """what it does
   Reads two data sets, questions about pictures and sentences with pictures, and makes pairs of them (PairUni, Algorithm 1):
@@ -96,7 +130,7 @@ def recipe_list() -> str:
     return "\n".join(f"  {name:14} {comment(first(name))}".rstrip() for name in recipes())
 
 def parser() -> Parser:
-    "The six verbs and their options."
+    "The verbs and their options."
     from unify_rl import __version__
     p = Parser(prog="unify_rl", description="Reinforcement learning for unified multimodal models.",
                epilog="examples\n  unify_rl train grpo steps=20\n  unify_rl eval --policy runs/grpo-tiny-janus-s0/policy\n"
@@ -167,6 +201,57 @@ def parser() -> Parser:
     v.add_argument("--max-pixels", type=int, metavar="P", default=2**24, help="a picture with more is left out; default: %(default)s")
     v.add_argument("--seed", type=int, metavar="S", default=0, help="default: %(default)s")
 
+    v = verb("inspect", inspect, "look at a run's reward groups in JupyterLab, while it trains or after")
+    v.add_argument("run_dir", metavar="RUN", help="the folder of a run")
+    v.add_argument("--html", metavar="FILE", help="write a page without widgets instead")
+    v.add_argument("--no-browser", action="store_true", help="print the address only")
+    v.add_argument("--port", type=int, metavar="N", help="of JupyterLab; default: its own choice")
+
+    v = verb("serve-rewards", serve, "serve rewards over HTTP, so that they can live on another GPU or machine", lambda: SERVE_MANUAL)
+    v.add_argument("--rewards", metavar="A,B", default="", help="which rewards; with --config: which of its rewards, default all")
+    v.add_argument("--config", metavar="FILE", default="", help="YAML file with a list of rewards and their settings, as for training")
+    v.add_argument("--host", metavar="H", default="127.0.0.1", help="address to listen at; another than this machine's own needs a token; default: %(default)s")
+    v.add_argument("--port", type=int, metavar="N", default=8000, help="0: any that is free; default: %(default)s")
+    v.add_argument("--device", metavar="DEV", default="cpu", help="for rewards that have a model; default: %(default)s")
+    v.add_argument("--token-file", metavar="FILE", default="", help="file with the token; default: UNIFY_RL_REWARD_TOKEN, or a new one")
+
+    v = verb("launch", launch, "start a run on many GPUs: check it, write its scripts, start it or say how", lambda: LAUNCH_MANUAL)
+    v.add_argument("recipe", metavar="RECIPE", help="which recipe")
+    v.add_argument("--policy", metavar="P", help="a shipped name, a folder, or a hub name; default: the recipe's")
+    v.add_argument("--config", metavar="FILE", help="YAML file of settings, over the recipe's")
+    v.add_argument("--gpus", type=int, metavar="N", default=1, help="GPUs of each node, one process each; 0: CPUs only; default: %(default)s")
+    v.add_argument("--processes", type=int, metavar="N", default=0, help="with --gpus 0: processes of each node, which talk through gloo; default: 1")
+    v.add_argument("--nodes", type=int, metavar="M", default=1, help="machines; default: %(default)s")
+    v.add_argument("--zero", type=int, metavar="Z", default=0, help="0: DDP; 1, 2, 3: ZeRO; default: %(default)s")
+    v.add_argument("--lora", type=int, metavar="RANK", default=0, help="train LoRA adapters of this rank (model.lora_rank)")
+    how = v.add_mutually_exclusive_group()
+    how.add_argument("--torchrun", action="store_true", help="start here with torchrun; the default on one node")
+    how.add_argument("--slurm", metavar="FILE", help="write a Slurm script there")
+    how.add_argument("--hostfile", metavar="FILE", help="machines, one a line: node7 slots=8")
+    v.add_argument("--hours", type=float, metavar="H", default=24.0, help="Slurm's time limit; default: %(default)s")
+    v.add_argument("--resume", action="store_true", help="continue the run in run_dir")
+    v.add_argument("--dry-run", action="store_true", help="show all files and commands; write and start nothing")
+    v.add_argument("settings", nargs="*", metavar="key=value", help="single settings, as for train")
+
+    v = verb("plan", plan, "say what every GPU will hold in each phase, and whether it fits; nothing is downloaded")
+    v.add_argument("recipe", metavar="RECIPE", help="which recipe")
+    v.add_argument("--policy", metavar="P", help="a shipped name, a folder, or a published model: see unify_rl/assets/full_size.yaml")
+    v.add_argument("--config", metavar="FILE", help="YAML file of settings, over the recipe's")
+    v.add_argument("--gpus", metavar="NxGB", default="8x80GB", help="all GPUs, and the memory of one; default: %(default)s")
+    v.add_argument("--zero", type=int, metavar="Z", default=0, help="0: DDP; 1, 2, 3: ZeRO; default: %(default)s")
+    v.add_argument("--offload", metavar="O", default="none", help="none, optimizer or params; default: %(default)s")
+    v.add_argument("--lora", type=int, metavar="RANK", default=0, help="LoRA adapters of this rank")
+    v.add_argument("--words", type=int, metavar="W", default=64, help="words of a prompt; default: %(default)s")
+    v.add_argument("--json", metavar="FILE", help="also write the plan there")
+    v.add_argument("settings", nargs="*", metavar="key=value", help="single settings, as for train")
+
+    v = verb("doctor", doctor, "look at versions, devices, room and weights, and say what is missing")
+    v.add_argument("recipe", metavar="RECIPE", nargs="?", help="what this recipe needs; without: the machine, and every known model")
+    v.add_argument("--policy", metavar="P", help="a shipped name, a folder, or a hub name; default: the recipe's")
+    v.add_argument("--config", metavar="FILE", help="YAML file of settings, over the recipe's")
+    v.add_argument("--json", action="store_true", help="print JSON")
+    v.add_argument("settings", nargs="*", metavar="key=value", help="single settings, as for train")
+
     verb("recipes", lambda args: print(recipe_list()), "list the recipes")
     return p
 
@@ -228,6 +313,51 @@ def merge(args) -> None:
     other = f", {done['other_types']} of them from other number types than the base's" if done["other_types"] else ""
     screen.say(f"merged {done['tensors']} tensors{other}; {done['changed']} differ from the base\npolicy  {args.out}\n"
                f"next    unify_rl eval --policy {shlex.quote(args.out)}")
+
+def inspect(args) -> int:
+    "`unify_rl inspect`"
+    from unify_rl.inspect.groups import open_lab, write_groups
+    if not args.html: return open_lab(args.run_dir, [*["--no-browser"] * args.no_browser, *[f"--port={args.port}"] * bool(args.port)])
+    print(write_groups(args.run_dir, args.html))
+    return 0
+
+def serve(args) -> None:
+    "`unify_rl serve-rewards`"
+    from unify_rl.rewards.server import serve_rewards
+    from unify_rl.run import quiet
+    with quiet(): serve_rewards([n.strip() for n in args.rewards.split(",") if n.strip()], args.config, args.host, args.port, args.device, args.token_file)
+
+def launch(args) -> int:
+    "`unify_rl launch`"
+    from unify_rl.train.engine import deepspeed_config
+    from unify_rl.train.launch import Job, launch as start
+    job = Job(args.recipe, args.policy, args.gpus, args.nodes, args.processes, args.zero, args.lora, args.config, args.settings, args.resume, args.hours)
+    told = lambda cfg: deepspeed_config(args.zero, cfg.model.precision, cfg.optimizer.grad_norm, cfg.engine.offload)
+    return start(job, slurm=args.slurm, hostfile=args.hostfile, dry_run=args.dry_run, deepspeed_config=told)
+
+def plan(args) -> int:
+    "`unify_rl plan`"
+    from unify_rl.run import Screen
+    from unify_rl.train.plan import plan_recipe, plan_record, plan_table, verdict
+    from unify_rl.train.runlog import write_aside
+    asked, better = plan_recipe(args.recipe, args.policy, args.gpus, args.zero, args.lora, args.offload, args.words, args.config, args.settings)
+    screen = Screen()
+    screen.say(plan_table(asked))
+    if better: screen.say(plan_table(better))
+    screen.say(verdict(asked, better))
+    if args.json: write_aside(Path(args.json), json.dumps(dict(asked=plan_record(asked), better=better and plan_record(better)), indent=1) + "\n")
+    return 0 if asked.fits else 1
+
+def doctor(args) -> int:
+    "`unify_rl doctor`"
+    from unify_rl.doctor import cures, doctor_record, doctor_table, examine, sick
+    from unify_rl.run import Screen
+    found, screen = examine(args.recipe, args.policy, args.config, args.settings), Screen()
+    if args.json: print(json.dumps(doctor_record(found), indent=1))
+    else:
+        screen.say(doctor_table(found))
+        screen.say(cures(found))
+    return 1 if sick(found) else 0
 
 # %% ../nbs/80_cli.ipynb #pairs
 def pairs(args) -> None:
@@ -309,9 +439,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     "Read the command line; settings may stand anywhere after the verb."
     p = parser()
     args, rest = p.parse_known_args(argv)
-    wrong = [r for r in rest if args.verb != "train" or r.startswith("-")]
+    settled = args.verb in ("train", "launch", "plan", "doctor")
+    wrong = [r for r in rest if not settled or r.startswith("-")]
     if wrong: p.error(f"unrecognized arguments: {' '.join(wrong)}")
-    if args.verb == "train": args.settings += rest
+    if settled: args.settings += rest
     return args
 
 def main(

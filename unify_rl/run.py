@@ -312,6 +312,12 @@ def unweighted(prompts: list[Prompt]) -> list[Prompt]:
         return p
     return [one(p) for p in prompts]
 
+def _clear(folder: Path) -> None:
+    "Make a run folder what it was before: not there, or what a launcher has put into it."
+    for p in folder.iterdir():
+        if p.name != "launch": shutil.rmtree(p) if p.is_dir() else p.unlink()
+    if not any(folder.iterdir()): folder.rmdir()
+
 @dataclass
 class Onlooker:
     "The run folder to a process that writes nothing."
@@ -334,7 +340,7 @@ def _prepare(cfg: Config, resume: bool, prompts: list | None, rewards: list | No
     log = RunLog(cfg.run_dir, resume) if is_main() else Onlooker(Path(cfg.run_dir))
     try: trainer = Trainer(cfg, policy, stream, reward_list, weights_R, log)
     except UserError:
-        if not resume and is_main(): shutil.rmtree(log.dir, ignore_errors=True)          # it was empty before
+        if not resume and is_main(): _clear(log.dir)
         raise
     if not is_main(): return trainer
     write_aside(log.dir/"config.yaml", to_yaml(cfg))

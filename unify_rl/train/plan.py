@@ -29,12 +29,12 @@ from ..policies.load import policies
 from .config import Config, apply_overrides, from_dict, load_config, to_yaml
 
 # %% auto #0
-__all__ = ['SHADOW', 'HOLLOW', 'DEPTHS', 'BUCKET', 'LIVE', 'STEP', 'MODELS', 'ASKS', 'USABLE', 'Live', 'Shadows', 'rehearsal',
-           'fake_mode', 'full_size', 'sizes', 'Words', 'build_janus', 'build_bagel', 'build_dimoo', 'share_of',
-           'good_number', 'imagined', 'sample_janus', 'sample_bagel', 'sample_dimoo', 'Hollow', 'rehearse', 'ready',
-           'forget_gradients', 'hollow_out', 'Counted', 'count', 'Layout', 'states', 'RewardModel', 'reward_models',
-           'reward_bytes', 'Plan', 'plan', 'advise', 'parse_gpus', 'gib', 'plan_table', 'verdict', 'plan_recipe',
-           'plan_record']
+__all__ = ['SHADOW', 'HOLLOW', 'DEPTHS', 'BUCKET', 'LIVE', 'STEP', 'MODELS', 'ASKS', 'USABLE', 'OFFLOADS', 'Live', 'Shadows',
+           'rehearsal', 'fake_mode', 'full_size', 'sizes', 'Words', 'build_janus', 'build_bagel', 'build_dimoo',
+           'share_of', 'good_number', 'imagined', 'sample_janus', 'sample_bagel', 'sample_dimoo', 'Hollow', 'rehearse',
+           'ready', 'forget_gradients', 'hollow_out', 'Counted', 'count', 'Layout', 'states', 'RewardModel',
+           'reward_models', 'reward_bytes', 'Plan', 'plan', 'advise', 'parse_gpus', 'gib', 'plan_table', 'verdict',
+           'plan_recipe', 'plan_record']
 
 # %% ../../nbs/59_train.plan.ipynb #live
 class Live(TorchDispatchMode):
@@ -440,18 +440,17 @@ class Layout:
     gpus: int = 1               # processes
     zero: int = 0               # 0: DDP
     offload: str = "none"       # none, optimizer or params
-    gather: str = "phase"       # ZeRO-3 in rollouts: phase or layer
 
-def states(params: int, trained: int, lay: Layout, reference: bool) -> dict[str, int]:
-    "Bytes of one process that stay, and ZeRO's and DDP's room to work in."
-    N, z = lay.gpus, lay.zero
+def states(params: int, trained: int, lay: Layout, reference: bool, half: bool = False) -> dict[str, int]:
+    "Bytes of one process that stay, and ZeRO's room to work in; `half`: model.precision is bf16 or fp16, which ZeRO keeps its weights in."
+    N, z, W = lay.gpus, lay.zero, 2 if half and lay.zero else 4
     part = lambda n, stage: -(-n // N) if z >= stage else n
     away = lambda kind: 0 if lay.offload == "params" or lay.offload == kind else 1
-    out = {"weights": 4 * part(params, 3) * (away("params") if z == 3 else 1), "gradients": 4 * part(trained, 2),
+    out = {"weights": W * part(params, 3) * (away("params") if z == 3 else 1), "gradients": W * part(trained, 2),
            "optimizer": (8 * part(trained, 1) + (4 * part(trained, 1) if z else 0)) * (away("optimizer") if z else 1),
-           "reference": 4 * part(trained, 3) if reference else 0}
-    out["buckets"] = 0 if N == 1 else 4 * trained if not z else 8 * min(BUCKET, trained)
-    return out | {"gathered": 4 * min(LIVE, params) if z == 3 else 0, "gathered to sample": 4 * (params if lay.gather == "phase" else min(LIVE, params)) if z == 3 else 0}
+           "reference": (W if z == 3 else 4) * part(trained, 3) if reference else 0}
+    out["buckets"] = 2 * W * min(BUCKET, trained) if z and N > 1 else 0
+    return out | {"gathered": W * min(LIVE, params) if z == 3 else 0, "gathered to sample": W * params if z == 3 else 0}
 
 # %% ../../nbs/59_train.plan.ipynb #rewards
 MODELS = {"timm/ViT-SO400M-16-SigLIP2-384": 1.136e9, "ViT-SO400M-14-SigLIP-384": 0.878e9, "Qwen/Qwen2.5-VL-3B-Instruct": 3.755e9, "Qwen/Qwen2.5-VL-7B-Instruct": 8.292e9,
@@ -532,19 +531,21 @@ def plan(
     if cfg.stages: raise UserError(f"{cfg.recipe} consists of stages; plan one of them: {', '.join(s.recipe for s in cfg.stages if s.recipe)}")
     c = _counted(cfg.policy, to_yaml(_what_counts(cfg)), tuple(share_of(cfg, layout.gpus).items()), words)
     has_kl = any(cfg.objective.betas.get(k, cfg.objective.beta) for k in ("text", "image"))
-    s = states(c.params, c.trained, layout, has_kl and not cfg.model.lora_rank)
+    half = cfg.model.precision != "fp32"
+    s = states(c.params, c.trained, layout, has_kl and not cfg.model.lora_rank, half)
+    copies = 2 * c.trained if half and layout.zero else 0                   # autocast's, in the rehearsal, of weights that ZeRO keeps in 16 bits
     gpu, host, unknown = reward_bytes(cfg)
     stay = {"weights": s["weights"], "optimizer": s["optimizer"], "reference": s["reference"], "reward models": gpu}
     most = lambda *starts: max([v for k, v in c.stages.items() if k.startswith(starts)], default=0)
     kept = {"rollout": c.stages["kept"]}
-    phases = {"sample": stay | {"gathered": s["gathered to sample"], "caches, logits, pictures": most("sample", "decode")},
+    phases = {"sample": stay | {"gathered": s["gathered to sample"], "caches, logits, pictures": max(most("sample", "decode") - copies, 0)},
               "score": stay | kept,
-              "reference": stay | kept | {"gathered": s["gathered"], "activations, logits": max(most("reference") - c.stages["kept"], 0)},
-              "update": stay | kept | {"gathered": s["gathered"], "gradients": s["gradients"], "buckets": s["buckets"], "activations, logits": max(most("update") - c.stages["kept"], 0)},
+              "reference": stay | kept | {"gathered": s["gathered"], "activations, logits": max(most("reference") - c.stages["kept"] - copies, 0)},
+              "update": stay | kept | {"gathered": s["gathered"], "gradients": s["gradients"], "buckets": s["buckets"], "activations, logits": max(most("update") - c.stages["kept"] - copies, 0)},
               "optimizer step": stay | kept | {"gradients": s["gradients"], "buckets": s["buckets"],
                                                "step": 0 if layout.offload != "none" else STEP * (c.trained if not layout.zero else -(-c.trained // layout.gpus))}}
     if not has_kl: del phases["reference"]
-    whole = states(c.params, c.trained, replace(layout, offload="none"), False)
+    whole = states(c.params, c.trained, replace(layout, offload="none"), False, half)
     host += sum(whole[k] - s[k] for k in ("weights", "optimizer"))
     notes = [f"the reward model {m} is not counted: its size is not known" for m in unknown]
     return Plan(f"{cfg.recipe} on {cfg.policy}", layout, memory, phases, host, c, notes, changes)
@@ -553,7 +554,6 @@ def plan(
 def _cures(cfg: Config, lay: Layout) -> list:
     "Changes that need less memory, the mildest first; each is (text, settings, changes of the layout)."
     out = [(f"--zero {z}", (), dict(zero=z)) for z in (1, 2, 3) if z > lay.zero and lay.gpus > 1]
-    if lay.gather == "phase" and lay.gpus > 1: out.append(("--zero 3 engine.gather=layer", (), dict(zero=3, gather="layer")))
     if not cfg.model.checkpoint_activations: out.append(("model.checkpoint_activations=true", ("model.checkpoint_activations=true",), {}))
     if cfg.model.precision == "fp32": out.append(("model.precision=bf16", ("model.precision=bf16",), {}))
     sizes = [m for m in (16, 4, 1) if m < cfg.optimizer.micro_batch]
@@ -628,6 +628,8 @@ def verdict(p: Plan, better: Plan | None) -> str:
     if host: lines.append(f"host memory: {gib(host)} GiB for each process (reward models, and what is offloaded)")
     return "\n".join(lines + p.notes)
 
+OFFLOADS = ("none", "optimizer", "params")
+
 def plan_recipe(
     recipe: str,
     policy: str | None = None,
@@ -635,7 +637,6 @@ def plan_recipe(
     zero: int = 0,
     lora: int = 0,                          # rank; 0: as the settings say
     offload: str = "none",
-    gather: str = "phase",
     words: int = 64,                        # in a prompt
     config_file: str | Path | None = None,
     overrides: Iterable[str] = (),
@@ -644,12 +645,11 @@ def plan_recipe(
     if zero not in range(4): raise UserError(f"--zero is {zero}; ZeRO has the stages 1, 2 and 3, and 0 is DDP")
     if offload != "none" and not zero: raise UserError(f"--offload {offload} needs DeepSpeed: give --zero 1, 2 or 3")
     if offload == "params" and zero != 3: raise UserError("--offload params is of ZeRO-3 only: give --zero 3")
-    for name, x, known in (("offload", offload, ("none", "optimizer", "params")), ("gather", gather, ("phase", "layer"))):
-        if x not in known: raise UserError(f"--{name} is {x!r}. {nearest(x, known)}")
+    if offload not in OFFLOADS: raise UserError(f"--offload is {offload!r}. {nearest(offload, OFFLOADS)}")
     if words < 1: raise UserError(f"--words is {words}; it must be at least 1")
     n, memory = parse_gpus(gpus)
     cfg = load_config(recipe, policy, config_file, [*([f"model.lora_rank={lora}"] if lora else []), *overrides])
-    return advise(cfg, memory, Layout(n, zero, offload, gather), words)
+    return advise(cfg, memory, Layout(n, zero, offload), words)
 
 def plan_record(p: Plan) -> dict:
     "The plan as plain data."
