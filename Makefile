@@ -16,7 +16,7 @@ demo: $(READY) ## Set up .venv, then train tiny-janus with GRPO and report befor
 
 test: $(READY) ## Set up .venv, then run every lesson and every default test
 	@# a fresh process for each lesson, two at a time: what one sets (a default dtype, say) must not reach the next
-	printf '%s\n' nbs/*.ipynb | OMP_NUM_THREADS=1 xargs -n 1 -P 2 $(BIN)/nbdev-test --do-print
+	OMP_NUM_THREADS=1 $(BIN)/python tests/run_notebooks.py nbs/*.ipynb
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 export: $(READY) ## Clean the notebooks and write the modules from them

@@ -74,7 +74,7 @@ def test_teacher_forcing_equals_sampler(policy, prompts, cfg, logp, side):
     for part in rollout.parts:
         assert not part.context["mask"].all()                                   # there is padding to get wrong
         with torch.no_grad(): again = policy(right_padded(part) if side == "right" else part)
-        torch.testing.assert_close(again, part.logp_old, atol=atol, rtol=1e-6)       # rtol: float32 near log p = -19
+        torch.testing.assert_close(again, part.logp_old, atol=atol, rtol=4e-6)       # rtol: float32 near log p = -19
 
 
 def test_a_single_prompt(policy, prompts):

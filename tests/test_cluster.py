@@ -62,14 +62,14 @@ def slow_but(first, rest): return [first, *(pytest.param(*(x if isinstance(x, tu
 def test_what_stays_is_counted_to_the_byte(policy, tmp_path):
     "Weights, gradients and AdamW's moments of a trainer after a step, and the reference, are exactly what the plan says."
     trainer, seen = trained(policy, tmp_path, ("generate", "answer"), "objective.beta=0.01"), {}
-    step = trainer.optimizer.step
-    trainer.optimizer.step = lambda *a, **k: (seen.update(gradients=nbytes(w.grad for w in trainer.params if w.grad is not None)), step(*a, **k))[1]
+    step = trainer.engine.optimizer.step
+    trainer.engine.optimizer.step = lambda *a, **k: (seen.update(gradients=nbytes(w.grad for w in trainer.engine.trained.values() if w.grad is not None)), step(*a, **k))[1]
     trainer.step()
     c = count(sizes(policy), trainer.cfg, share_of(trainer.cfg, 1), words=12)
     said = states(c.params, c.trained, Layout(1), reference=True)
     assert said["weights"] == nbytes(trainer.policy.parameters())
-    moments = nbytes(t for s in trainer.optimizer.state.values() for k, t in s.items() if k != "step")
-    unused = nbytes(w for w in trainer.params if w not in trainer.optimizer.state)           # experts that this step's prompts did not need
+    moments = nbytes(t for s in trainer.engine.optimizer.state.values() for k, t in s.items() if k != "step")
+    unused = nbytes(w for w in trainer.engine.trained.values() if w not in trainer.engine.optimizer.state)           # experts that this step's prompts did not need
     assert said["gradients"] == seen["gradients"] + unused and said["optimizer"] == moments + 2 * unused
     kept = trainer.policy._reference
     assert said["reference"] == nbytes(w for w in kept.parameters() if not any(w is v for v in trainer.policy.parameters()))
@@ -116,7 +116,7 @@ def test_a_real_step_needs_what_was_planned(policy, task, tmp_path):
     seen = measured(trainer)
     said = lambda cfg, *of: max(v for k, v in count(sizes(policy), cfg, {task: 4}, words=11).stages.items() if k.startswith(of))
     shorter = [f"rollout.max_text={seen['length']}"] if task == "answer" and policy != "tiny-dimoo" else []
-    update = said(apply_overrides(trainer.cfg, shorter), "update") + nbytes(trainer.params)
+    update = said(apply_overrides(trainer.cfg, shorter), "update") + nbytes(trainer.engine.trained.values())
     rollout = said(trainer.cfg, "sample", "decode")
     print(policy, task, f"update {update / seen['update'] - 1:+.1%}, rollout {rollout / seen['sample'] - 1:+.1%}")
     assert abs(update / seen["update"] - 1) < 0.15, (update, seen)
@@ -247,7 +247,7 @@ def dry(tmp_path, the_job, **kwargs):
     said = []
     assert launch(the_job, dry_run=True, say=said.append, **kwargs) == 0
     assert not (tmp_path/"run").exists()
-    return "\n".join(said).replace(str(tmp_path), "/scratch").replace(os.getcwd(), "/home/me").replace(f"VENV-{sys.prefix if sys.prefix != sys.base_prefix else ''}}}", "VENV-}")
+    return "\n".join(said).replace(f"VENV-{sys.prefix if sys.prefix != sys.base_prefix else ''}}}", "VENV-}").replace(str(tmp_path), "/scratch").replace(os.getcwd(), "/home/me")
 
 
 @pytest.mark.parametrize("name", ["slurm", "hosts", "cpu"])

@@ -313,7 +313,7 @@ def test_every_setting_is_in_the_manual_with_its_comment():
             assert comment and len(comment) > 5 and f"\n      {comment}\n" in manual, f"{cls.__name__}.{name} has no comment"
     for path in LEAVES:
         if path not in ("rewards", "stages"): assert f"\n  {path} = " in manual
-    assert "conditional | guided" in manual and len(list(sections())) == 12
+    assert "conditional | guided" in manual and len(list(sections())) == 13
 
 def test_the_configuration_needs_no_torch():
     code = "import sys; from unify_rl.train.config import load_config; load_config('grpo'); print('torch' in sys.modules)"

@@ -70,10 +70,10 @@ def test_what_sampling_does_not_record_the_first_update_does(tmp_path):
     for record in (True, False):
         t = trainer(tmp_path/str(record), dict(estimator="forward", steps=3), objective=dict(updates=2, clip_low=.001, clip_high=.001), optimizer=dict(lr=1e-2))
         real = t._update
-        def update(parts, adv):
-            for p in parts:
+        def update(rollout, adv):
+            for p in rollout.parts:
                 if record and p.logp_old is None: p.logp_old = t.policy(p).detach()
-            return real(parts, adv)
+            return real(rollout, adv)
         t._update = update
         metrics.append(t.step()); after.append(torch.cat([p.detach().flatten() for p in t.engine.trained.values()]))
     assert torch.allclose(*after, atol=1e-5) and metrics[1]["objective/ratio_mean"] != 1 and metrics[1]["objective/clip_fraction"] > 0
@@ -92,7 +92,7 @@ def test_each_kind_of_action_has_its_own_kl(tmp_path):
     assert not torch.equal(after("c", beta=0.0), after("d", beta=0.0, betas=dict(image=3.0)))
     t = trainer(tmp_path/"e", drawing, objective=kl | dict(beta=0.0, betas=dict(image=3.0)))
     parts, real = [], t._update
-    t._update = lambda ps, adv: [parts.extend(ps), real(ps, adv)][1]
+    t._update = lambda rollout, adv: [parts.extend(rollout.parts), real(rollout, adv)][1]
     t.step()
     assert {p.kind: p.logp_ref is not None for p in parts} == dict(image=True, text=False)
 

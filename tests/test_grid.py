@@ -78,7 +78,7 @@ def test_the_papers_numbers_for_lumina_dimoo(recipe):
     cfg = load_config(recipe, "Alpha-VLLM/Lumina-DiMOO")
     r, small = cfg.rollout, load_policy("tiny-dimoo")
     assert (r.group_size, r.drawing["text_steps"], r.drawing["steps"], r.cfg, cfg.objective.beta) == (2, 2, 35, 5.0, 0.0)
-    assert r.max_text <= small.drawing.block                        # one block, or the steps of a text were more
+    assert r.max_text <= r.drawing["block"]                        # one block, or the steps of a text were more
     out = small.sample([*shapes_drawn(1), *shapes_asked(1)], r.group_size, generator_for("test"), cfg=r.cfg, max_text=8, **r.drawing)
     assert [(p.settings["steps"], p.mask.any().item(), small(p).isfinite().all().item()) for p in out.parts] == [(35, True, True), (2, True, True)]
 

@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LIB = "unify_rl"
-BY_HAND = ("__init__.py", "_modidx.py", "compat_site/sitecustomize.py")    # modules that no notebook exports
+BY_HAND = ("__init__.py", "__main__.py", "_modidx.py", "compat_site/sitecustomize.py")    # modules that no notebook exports
 UNSAFE_MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
 MAX_BYTES = 200 * 1024
 THEORY = 90                             # notebooks from this number on export nothing
