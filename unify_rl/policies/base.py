@@ -33,6 +33,7 @@ class Policy(nn.Module):
     tests_with: dict = {}              # how these stand in a test, where no actions need to be kept
     further: tuple = ()                # further losses that `forward` can say (`objective.further`)
     knows_kl: tuple = ()               # kinds of action whose KL to the reference it knows exactly (`objective.exact`)
+    takes_weights: bool = False        # takes weights out of their modules, which ZeRO-3 cannot follow while it trains
     helpers: tuple = ()                # modules beside the model that train with it and are not saved with it
     remat: bool = False                # recompute activations in the backward pass
     logp_chunk: int = 4096             # tokens whose logits exist at one time

@@ -178,6 +178,7 @@ class DimooPolicy(Policy):
     "Lumina-DiMOO: answers, pictures and edits by masked diffusion."
     tasks = ("generate", "answer", "edit", "joint")
     trains = ("model",)
+    takes_weights = True                                             # rows of the head
     lora_targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     draws_with = tuple(f.name for f in fields(Unmasking))
 

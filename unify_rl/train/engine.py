@@ -210,6 +210,8 @@ class ZeroEngine(Engine):
         if "RANK" not in os.environ:
             raise UserError(f"engine.zero={zero} shares the optimizer out over processes, and this is a single one that torchrun did not start. "
                             "Start it with `unify_rl launch`, or with `torchrun --nproc_per_node N -m unify_rl train …`")
+        if zero == 3 and policy.takes_weights:
+            raise UserError(f"{policy.name} uses weights outside of their modules, which engine.zero=3 cannot gather in time; use engine.zero=2")
         self.zero, self.even_passes = zero, zero > 1
         super().__init__(policy, **more)
 
