@@ -13,7 +13,7 @@ from unify_rl.train.checkpoint import checkpoints
 from unify_rl.train.runlog import read_metrics
 
 pytestmark = pytest.mark.slow
-SMALL = ["rollout.prompts=6", "rollout.group_size=4", "rollout.max_text=12", "evaluate.suites=[]", "log.groups_every=1", "log.groups_max=2", "checkpoint.every=1"]
+SMALL = ["rollout.prompts=6", "rollout.group_size=4", "rollout.max_text=12", "evaluate.suites=[]", "log.groups_every=1", "log.groups_max=2", "checkpoint.every=1", "optimizer.schedule=constant"]
 LVRPO = ["rollout.prompts=6", "rollout.group_size=2", "rollout.max_text=8", "evaluate.suites=[]", "log.groups_every=0", "checkpoint.every=0", "steps=2"]
 
 
