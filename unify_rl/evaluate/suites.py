@@ -175,23 +175,23 @@ def evaluate(
         why = f"{policy.name} cannot {_CANNOT[suite.task]}: its tasks are {', '.join(policy.tasks)}"
         return Result(suite.name, [], settings, why)
     rows, pictures, kept = [], {}, _keep(suite.prompts, keep)
-    for k, start in list(enumerate(range(0, len(suite.prompts), batch)))[share[0]::share[1]]:
+    mine = list(enumerate(range(0, len(suite.prompts), batch)))[share[0]::share[1]]
+    for k, start in mine:
         prompts = suite.prompts[start:start + batch]
         generator = generator_for(seed, "evaluate", suite.name, k, device=policy.device.type)
         out = policy.sample(prompts, 1, generator, temperature=settings["temperature"], cfg=cfg, max_text=max_text, **settings["drawing"])
         rows += judge(prompts, out)
         pictures |= {start + i: _to_show(p, im) for i, (p, im) in enumerate(zip(prompts, out.images)) if start + i in kept}
-        if progress: progress(len(rows), len(suite.prompts))
+        if progress: progress(len(rows), sum(len(suite.prompts[i:i + batch]) for _, i in mine))
     return Result(suite.name, rows, settings, pictures=pictures)
 
 def joined(
     shares: list[Result],       # of one suite, in the order of the shares
 ) -> Result:
     "The result of a test that several processes made together; pictures are the first one's."
-    first, R = shares[0], len(shares)
-    n = first.settings["batch"]
+    first, n = shares[0], shares[0].settings["batch"]
     pieces = [[r.rows[i:i + n] for i in range(0, len(r.rows), n)] for r in shares]
-    rows = [row for k in range(len(pieces[0])) for p in pieces if k < len(p) for row in p[k]] if R > 1 else first.rows
+    rows = [row for k in range(len(pieces[0])) for p in pieces if k < len(p) for row in p[k]]
     return Result(first.suite, rows, first.settings, first.why, first.pictures)
 
 # %% ../../nbs/62_evaluate.suites.ipynb #compare

@@ -141,7 +141,7 @@ class _InChunks(torch.autograd.Function):
     "`f(*rows, *params)` over chunks of the rows, recomputed chunk by chunk in the backward pass, where gradients of `params` are summed as they come."
     @staticmethod
     def forward(ctx, f, chunk, params, rows, n, *tensors):
-        ctx.f, ctx.chunk, ctx.n, ctx.rows, ctx.params = f, chunk, n, rows, params
+        ctx.f, ctx.chunk, ctx.rows, ctx.params = f, chunk, rows, params
         ctx.autocast = {d: torch.is_autocast_enabled(d) and torch.get_autocast_dtype(d) for d in {t.device.type for t in tensors}}
         ctx.save_for_backward(*tensors[:n])
         return torch.cat([f(*(r[i:i + chunk] for r in tensors[:n]), *(r[i:i + chunk] for r in rows)) for i in range(0, len(tensors[0]), chunk)])
@@ -159,6 +159,7 @@ class _InChunks(torch.autograd.Function):
                 found = torch.autograd.grad(out, [*some, *params], g[i:i + ctx.chunk])
                 for to, x in zip(grads, found): to[i:i + ctx.chunk] = x
                 for k, x in enumerate(found[len(some):]): totals[k] = x if totals[k] is None else totals[k].add_(x)
+                del out, found, x                       # or they would live while the next chunk's are made
         return None, None, None, None, None, *grads, *totals
 
 def token_logp(

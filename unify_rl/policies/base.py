@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -202,19 +203,18 @@ def check_picture(image, where: str) -> None:
 
 def output_generators(prompts: list, which: list, G: int, seed: int) -> list:
     "One generator for each row, named by its prompt (and its occurrence in the batch) and its number in the group: neighbours do not matter."
-    seen, out = {}, []
-    for i, p in enumerate(prompts):
-        k = seen[p.id] = seen.get(p.id, -1) + 1
-        if i in which: out += [generator_for("draw", seed, p.id, k, g) for g in range(G)]
-    return out
+    names = _names(prompts)
+    return [generator_for("draw", seed, *names[i], g) for i in which for g in range(G)]
+
+def _names(prompts: list) -> list[tuple]:
+    "(id, how manieth of this id in the batch) of each prompt."
+    seen = Counter()
+    return [(p.id, (seen.update([p.id]) or seen[p.id]) - 1) for p in prompts]
 
 def group_numbers(prompts: list, which: list, G: int) -> Tensor:
     "[len(which)·G] long: a number for each row, one for the whole group, named by its prompt and that prompt's occurrence in the batch."
-    seen, out = {}, []
-    for i, p in enumerate(prompts):
-        k = seen[p.id] = seen.get(p.id, -1) + 1
-        if i in which: out += [seed_for("group", p.id, k)] * G
-    return torch.tensor(out, dtype=torch.long)
+    names = _names(prompts)
+    return torch.tensor([seed_for("group", *names[i]) for i in which for _ in range(G)], dtype=torch.long)
 
 # %% ../../nbs/20_policies.base.ipynb #contract
 def _promise(kept, policy: Policy, what: str) -> None:

@@ -10,7 +10,6 @@ import copy
 import json
 import math
 import os
-import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Callable, Iterator
@@ -18,11 +17,11 @@ from typing import Any, Callable, Iterator
 import torch
 from torch import Tensor
 
-from ..core import UserError, seed_for
+from ..core import UserError
 from ..policies.base import Policy
 
 # %% auto #0
-__all__ = ['PRECISIONS', 'ranks', 'is_main', 'deepspeed_config', 'Crew', 'Engine', 'ZeroEngine', 'build_engine']
+__all__ = ['ranks', 'is_main', 'deepspeed_config', 'Crew', 'Engine', 'ZeroEngine', 'build_engine']
 
 # %% ../../nbs/49_train.engine.ipynb #rank
 def ranks() -> tuple[int, int]:
@@ -34,8 +33,6 @@ def is_main() -> bool:
     return ranks()[0] == 0
 
 # %% ../../nbs/49_train.engine.ipynb #config
-PRECISIONS = ("fp32", "bf16", "fp16")
-
 def deepspeed_config(
     zero: int,                      # stage: 1, 2 or 3
     precision: str = "fp32",        # of weights, forward and backward; the optimizer's masters are fp32
@@ -105,9 +102,14 @@ class Engine(Crew):
         self._prepare(torch.optim.AdamW(self.trained.values(), lr, betas=betas, weight_decay=weight_decay))
 
     def _prepare(self, optimizer: torch.optim.Optimizer) -> None:
-        self.policy.to(self.device)
+        self._place()
         self.optimizer = self.accelerator.prepare(optimizer)
-        if self.ranks > 1:                                              # one start for all, whatever each has drawn for new adapters
+
+    def _place(self) -> None:
+        "Policy and reference on the device, with one start for all, whatever each process has drawn for new adapters."
+        self.policy.to(self.device)
+        if (frozen := getattr(self.policy, "_reference", None)) is not None: frozen.to(self.device)         # no submodule of the policy
+        if self.ranks > 1:
             for p in self.trained.values(): torch.distributed.broadcast(p.data, 0)
 
     def autocast(self): return self.accelerator.autocast()
@@ -142,34 +144,34 @@ class Engine(Crew):
         self.optimizer.zero_grad(set_to_none=True)
         return norm if finite else 0.0, finite
 
-    def _add_gradients(self) -> None:
+    def _fill_gradients(self) -> None:
+        "A gradient for every parameter, so that all processes add up the same ones."
         for p in self.trained.values():
             if p.grad is None: p.grad = torch.zeros_like(p)
+
+    def _add_gradients(self) -> None:
+        self._fill_gradients()
         for work in [torch.distributed.all_reduce(p.grad, async_op=True) for p in self.trained.values()]: work.wait()
 
     def even(self, counts: dict) -> dict:
         "Kind of pass -> how many of it all processes make: the most that one of them has; kinds in one order everywhere."
         if self.ranks == 1 or not self.even_passes: return counts
-        mine = torch.zeros(32, 2, dtype=torch.long)
-        for row, (k, n) in zip(mine, counts.items()): row[0], row[1] = seed_for(k), n
-        every = [torch.empty_like(mine) for _ in range(self.ranks)]
-        torch.distributed.all_gather([e.to(self.device) for e in every] if self.device.type == "cuda" else every, mine.to(self.device))
-        most: dict[int, int] = {}
-        for key, n in torch.cat(every).tolist(): most[key] = max(most.get(key, 0), n)
-        named = {seed_for(k): k for k in counts}
-        lost = [key for key, n in most.items() if n and key not in named]
-        if lost: raise UserError(f"process {self.rank} has no pass of a kind that another one has; with engine.zero={self.zero} all must have each. Use engine.zero=1, "
+        every = [json.loads(t) for t in self.share_text(json.dumps(counts))]
+        most = {k: max(c.get(k, 0) for c in every) for k in sorted(set().union(*every))}
+        lost = [(k, r) for k, n in most.items() if n for r, c in enumerate(every) if k not in c]
+        if lost: raise UserError(f"process {lost[0][1]} has no pass of the kind {lost[0][0]!r}, and with engine.zero={self.zero} all must have each. Use engine.zero=1, "
                                  "or a rollout.prompts that gives each process prompts of each kind")
-        return {named[key]: most[key] for key in sorted(most) if most[key]}
+        return {k: n for k, n in most.items() if n}
 
     # -- saving
     def state(self) -> dict:
         "Parameters and moments by name, fp32 on the CPU, as one process has them; only the first process gets them, all must ask."
+        if not self.main: return {}
         moments = self.optimizer.state
         out = dict(params={n: p.detach().to("cpu", copy=True) for n, p in self.trained.items()},
                    moments={n: {k: v.to("cpu", copy=True) for k, v in moments[p].items()} for n, p in self.trained.items() if p in moments})
         if scaler := self.accelerator.scaler: out["scaler"] = scaler.state_dict()
-        return out if self.main else {}
+        return out
 
     @torch.no_grad()
     def load(self, state: dict) -> None:
@@ -219,10 +221,8 @@ class ZeroEngine(Engine):
         deepspeed = _deepspeed()
         self.config = deepspeed_config(self.zero, self.precision, self.grad_norm, self.offload)
         frozen = getattr(self.policy, "_reference", None)
-        self._copy = _hollow(copy.deepcopy(self.policy)) if self.zero == 3 else self.policy
-        self.policy.to(self.device)
-        if self.ranks > 1:
-            for p in self.trained.values(): torch.distributed.broadcast(p.data, 0)
+        if self.zero == 3: self._copy = _hollow(copy.deepcopy(self.policy, {id(frozen): None}))       # to sample with, which takes no reference
+        self._place()
         self.engine, self.optimizer, *_ = deepspeed.initialize(model=self.policy, optimizer=optimizer, config=self.config)
         self.frozen = None
         if frozen is not None and self.zero == 3:
@@ -256,9 +256,7 @@ class ZeroEngine(Engine):
 
     def step(self, lr, passes):
         if not self.sum([passes])[0]: return 0.0, False
-        if self.zero == 1:                                              # reduced at the step, parameter by parameter: all must have one
-            for p in self.trained.values():
-                if p.grad is None: p.grad = torch.zeros_like(p)
+        if self.zero == 1: self._fill_gradients()                      # reduced at the step, parameter by parameter
         for g in (*self.optimizer.param_groups, *self.optimizer.optimizer.param_groups): g["lr"] = lr
         self.engine.step()
         if self.zero == 3: self.optimizer.grad_partitions_flat_buffer.zero_()           # else a parameter that the next step's first pass does not touch keeps this step's

@@ -92,7 +92,7 @@ class Trainer:
         if e.zero == 3 and any(getattr(r, "attach", None) for r in rewards):
             raise UserError("a reward looks through the policy's own eyes, and with engine.zero=3 no process has it whole while it scores; use engine.zero=2")
         self.engine = build_engine(policy, e.zero, lr=o.lr, betas=(o.beta1, o.beta2), weight_decay=o.weight_decay, grad_norm=o.grad_norm, precision=cfg.model.precision,
-                                   **({"offload": e.offload} if e.zero else {}), timeout=e.timeout, folder=log.dir, trackers=cfg.log.trackers)
+                                   offload=e.offload, timeout=e.timeout, folder=log.dir, trackers=cfg.log.trackers)
         self.accelerator = self.engine.accelerator
         if cfg.log.trackers: self.accelerator.init_trackers("unify_rl", config={"recipe": cfg.recipe, "policy": cfg.policy, "seed": cfg.seed})
         self.policy, self.done, self.skipped, self.stopping, self.lr = policy, 0, 0, False, 0.0
@@ -125,9 +125,13 @@ class Trainer:
         with phase(clock, "score"): stats |= self._teach(prompts_B, rollout)
         self.done += 1
         metrics = self._metrics(rollout, table, adv, own_B, stats, clock)
-        if cfg.log.groups_every and (self.done == 1 or self.done % cfg.log.groups_every == 0) and engine.main:
-            self._log_groups(rollout, table, adv, rows, newest, extra)
+        if self._keeps(self.done): self._log_groups(rollout, table, adv, rows, newest, extra)
         return metrics
+
+    def _keeps(self, step: int) -> bool:
+        "Are the groups of this step kept, and by this process?"
+        every = self.cfg.log.groups_every
+        return self.engine.main and bool(every) and (step == 1 or step % every == 0)
 
     def _prompts(self) -> tuple[list, int]:
         "This process's prompts of the step, and how many at the end are there only to keep the others company."
@@ -152,7 +156,7 @@ class Trainer:
         for name, r in self.learners.items():
             rows = [b for b, p in enumerate(prompts_B) if p.task in r.tasks and (r.covers is None or r.covers(p))]
             mine = [prompts_B[b] for b in rows]
-            if mine: said |= {f"{name}_{k}": v for k, v in r.learner.learn(mine, Rollout(mine, 1, [], [rollout.texts[b] for b in rows], [rollout.images[b] for b in rows])).items()}
+            if mine: said |= {f"{name}_{k}": (v, 1) for k, v in r.learner.learn(mine, Rollout(mine, 1, [], [rollout.texts[b] for b in rows], [rollout.images[b] for b in rows])).items()}
         return said
 
     @torch.no_grad()
@@ -184,7 +188,7 @@ class Trainer:
         cfg, engine, parts = self.cfg, self.engine, rollout.parts
         o, further, updates = cfg.objective, cfg.objective.further, cfg.objective.updates
         share, sums, rows = part_weights(parts, adv.valid_B, o.average, engine.sum), defaultdict(float), {}
-        newest = {}
+        newest, keeps = {}, self._keeps(self.done + 1)
         share = {id(p): w for p, w in zip(parts, share)}
         unrecorded = {id(p): torch.zeros_like(p.mask, dtype=torch.float32) for p in parts if p.logp_old is None}
         meter = self.meter if self.meter and self.done % cfg.log.agreement_every == 0 else None
@@ -207,7 +211,7 @@ class Trainer:
                 for name, v in s.items(): sums[name] += v.item() / updates
                 used += float(w.sum()) / updates
                 rows.update(_per_sample(piece, logp.detach(), said.get("kl"), cfg.objective))
-                newest.update(((id(part), b), x) for b, x in zip(piece.rows.tolist(), logp.detach()))
+                if keeps: newest.update(((id(part), b), x) for b, x in zip(piece.rows.tolist(), logp.detach()))
                 if id(part) in unrecorded: unrecorded[id(part)][i] = logp.detach().float()
             for p in parts: p.logp_old = unrecorded.pop(id(p), p.logp_old)              # old is what the first update started from
             if meter: cosine.append(meter.cosine())
@@ -230,8 +234,8 @@ class Trainer:
     def _step(self, passes: int) -> float:
         "Let the engine step; a gradient that is not finite is skipped and counted."
         o = self.cfg.optimizer
-        norm, moved = self.engine.step(o.lr * (factor := lr_factor(self.done, self.cfg.steps, o.warmup, o.schedule)), passes)
-        self.lr = o.lr * factor
+        self.lr = o.lr * lr_factor(self.done, self.cfg.steps, o.warmup, o.schedule)
+        norm, moved = self.engine.step(self.lr, passes)
         self.skipped = 0 if moved else self.skipped + bool(self.engine.any(passes > 0))
         if self.skipped >= 10:
             raise UserError("ten steps in a row had a gradient that was not finite; lower optimizer.lr, or use model.precision=fp32. "
@@ -245,7 +249,7 @@ class Trainer:
         own_N = own_B[::rollout.group_size]
         m = {"reward/total": total(adv.reward_B[adv.valid_B])}
         for r, s, a in zip(self.rewards, table.scores_RB, table.applies_RB): m[f"reward/{r.name}"] = total(s[a & ~s.isnan() & own_B])
-        m |= {f"objective/{k}": v if isinstance(v, tuple) else (v, 1) for k, v in stats.items()}
+        m |= {f"objective/{k}": v for k, v in stats.items()}
         m |= {"groups/dead": total(adv.dead_N[own_N]), "groups/std": total(adv.std_N[~adv.std_N.isnan() & own_N]), "samples/failed": total(~adv.valid_B[own_B]),
               "samples/text_tokens": total(torch.cat([p.mask.sum(-1)[own_B[p.rows.cpu()].to(p.mask.device)] for p in rollout.parts if p.kind == "text"] or [torch.zeros(0)]))}
         keys = sorted(m)
@@ -257,7 +261,7 @@ class Trainer:
         if not self.engine.any(bool(notes)): return {}
         return {"notes": sorted({n for text in self.engine.share_text(json.dumps(sorted(set(notes))[:3])) for n in json.loads(text)})[:3]}
 
-    def _log_groups(self, rollout, table, adv: Advantages, rows: dict, newest: dict, extra: int = 0) -> None:
+    def _log_groups(self, rollout, table, adv: Advantages, rows: dict, newest: dict, extra: int) -> None:
         G, N = rollout.group_size, len(rollout.prompts) - extra
         chosen = [int(i) for i in torch.linspace(0, N - 1, min(self.cfg.log.groups_max, N)).round().unique()]
         tokenizer, picture, left = getattr(self.policy, "tokenizer", None), getattr(self.policy, "pictures", None) if self.engine.zero < 3 else None, PATH_PIXELS
