@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from ..core import UserError
@@ -137,8 +138,36 @@ def lengthen(
     return Prefix(keys, values, torch.cat([prefix.mask_nP[index_b], mask_bT], 1), prefix.length_n[index_b] + mask_bT.sum(-1), hidden[:, -1])
 
 # %% ../../nbs/10_mechanisms.tokens.ipynb #chunk
+class _AddingLinear(torch.autograd.Function):
+    "A linear layer whose weight's gradient is added to `total` instead of being returned."
+    @staticmethod
+    def forward(ctx, x, w, b, total):
+        ctx.save_for_backward(x)
+        ctx.w, ctx.total, ctx.bias = w, total, b is not None        # the weight by name: a sharded one is gathered anew for the backward pass
+        return F.linear(x, w, b)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        flat, x = g.flatten(0, -2), ctx.saved_tensors[0].to(g.dtype).flatten(0, -2)
+        if ctx.total.dtype == g.dtype: ctx.total.addmm_(flat.t(), x)
+        else: ctx.total.add_(flat.t() @ x)
+        return g @ ctx.w.to(g.dtype), None, flat.sum(0) if ctx.bias else None, None
+
+class _RunningTotals(TorchFunctionMode):
+    "While it is on, linear layers with one of these weights add their gradient to the weight's total."
+    def __init__(self, weights: list):
+        super().__init__()
+        self.weights, self.totals = {id(w) for w in weights}, {}
+
+    def __torch_function__(self, f, types, args=(), kwargs=None):
+        if f is not F.linear or len(args) < 2 or id(args[1]) not in self.weights: return f(*args, **kwargs or {})
+        x, w, b = (*args, *[(kwargs or {}).get("bias")] * (3 - len(args)))
+        if id(w) not in self.totals: self.totals[id(w)] = torch.zeros_like(w, requires_grad=False)
+        return _AddingLinear.apply(x, w, b, self.totals[id(w)])
+
 class _InChunks(torch.autograd.Function):
-    "`f(*rows, *params)` over chunks of the rows, recomputed chunk by chunk in the backward pass, where gradients of `params` are summed as they come."
+    "`f(*rows)` over chunks of the rows, recomputed chunk by chunk in the backward pass, where gradients of `params` are summed as they come."
     @staticmethod
     def forward(ctx, f, chunk, params, rows, n, *tensors):
         ctx.f, ctx.chunk, ctx.rows, ctx.params = f, chunk, rows, params
@@ -150,17 +179,18 @@ class _InChunks(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g):
         params, inputs = ctx.params, ctx.saved_tensors
-        totals, grads = [None] * len(params), [torch.empty_like(x) for x in inputs]
+        others, grads, running = [None] * len(params), [torch.empty_like(x) for x in inputs], _RunningTotals(params)
         with contextlib.ExitStack() as stack:
             for device, dtype in ctx.autocast.items(): stack.enter_context(torch.autocast(device, dtype or None, enabled=bool(dtype)))
             for i in range(0, len(g), ctx.chunk):
                 some = [x[i:i + ctx.chunk].detach().requires_grad_() for x in inputs]
-                with torch.enable_grad(): out = ctx.f(*some, *(r[i:i + ctx.chunk] for r in ctx.rows))
-                found = torch.autograd.grad(out, [*some, *params], g[i:i + ctx.chunk])
+                with torch.enable_grad(), running: out = ctx.f(*some, *(r[i:i + ctx.chunk] for r in ctx.rows))
+                found = torch.autograd.grad(out, [*some, *params], g[i:i + ctx.chunk], allow_unused=True)
                 for to, x in zip(grads, found): to[i:i + ctx.chunk] = x
-                for k, x in enumerate(found[len(some):]): totals[k] = x if totals[k] is None else totals[k].add_(x)
+                others = [b if a is None else a if b is None else a.add_(b) for a, b in zip(others, found[len(some):])]      # a bias, say
                 del out, found, x                       # or they would live while the next chunk's are made
-        return None, None, None, None, None, *grads, *totals
+        total = (running.totals.get(id(p)) for p in params)
+        return None, None, None, None, None, *grads, *(b if a is None else a if b is None else a.add_(b) for a, b in zip(total, others))
 
 def token_logp(
     hidden: Tensor,             # [..., D] final hidden state *before* each token (it predicts the token)
