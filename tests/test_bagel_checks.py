@@ -140,7 +140,7 @@ def test_sampled_texts_are_as_likely_alone(policy, mixed):
         assert (policy(own) - text.logp_old[rows]).abs().max() < 1e-4
 
 @pytest.mark.parametrize("kw", [dict(estimator="sde", think=True, cfg=3.0, logp="guided"), dict(estimator="forward", think=True, cfg=3.0),
-                                dict(estimator="sde", form="dance", cfg=3.0, weighting="flat")])
+                                dict(estimator="sde", form="dance", cfg=3.0, weighting="flat"), dict(estimator="sde", same_start=True, subspace="tiny-bagel")])
 def test_ratio_is_one_and_only_as_it_was_drawn(policy, mixed, kw):
     "Log-probabilities of thoughts and pictures come back in any micro-batch; scored with another guidance, noise or temperature they do not."
     r = policy.sample(mixed, 2, gen(9), temperature=0.7, max_text=5, **kw)

@@ -103,6 +103,14 @@ def test_one_start_without_stochastic_steps_is_refused(drawing):
     with pytest.raises(UserError, match="same_start without stochastic steps"): bagel().check_drawing(drawing)
 
 
+def test_a_subspace_of_other_pictures_or_of_crooked_directions_is_refused(tmp_path):
+    from unify_rl.policies.bagel import save_subspace
+    save_subspace(tmp_path/"small", torch.eye(4)); save_subspace(tmp_path/"crooked", torch.ones(2, 288))
+    with pytest.raises(UserError, match="directions of 4 numbers, but these pictures have 9 x 32"):
+        trainer(tmp_path/"a", dict(estimator="sde", subspace=str(tmp_path/"small"))).step()
+    with pytest.raises(UserError, match="not orthonormal"): bagel().check_drawing(dict(estimator="sde", subspace=str(tmp_path/"crooked")))
+
+
 def test_a_reward_that_learns_is_refused_in_several_processes(tmp_path, monkeypatch):
     from unify_rl.train import engine
     from unify_rl.rewards.verifiable import Reward
@@ -143,6 +151,9 @@ def test_policies_without_settings_are_asked_as_before():
     (dict(think=1), "drawing.think is 1; it must be of type bool"),
     (dict(steps=0), "0 sampling steps"),
     (dict(steps=3, window=5), "a window of 5 steps does not fit"),
+    (dict(subspace="tiny-bagel", estimator="forward"), "estimator forward has none"),
+    (dict(subspace="nowhere"), "there is no file nowhere. Make one: unify_rl subspace POLICY --out FILE"),
+    (dict(subspace=__file__), "holds no directions"),
 ])
 def test_mistakes_are_found_before_any_work(drawing, message):
     with pytest.raises(UserError, match=message): bagel().check_drawing(drawing)

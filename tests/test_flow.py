@@ -143,7 +143,7 @@ def test_sde_and_ode_end_alike(form): assert agree(end(form), end())
 def test_a_wrong_step_ends_elsewhere(form, fault, monkeypatch):
     right = flow.FORMS[form]
     monkeypatch.setitem(flow.FORMS, form, lambda *args: fault(*right(*args)))
-    monkeypatch.setattr(flow, "step_logp", lambda x, mean, std, reduction: mean[:, 0])
+    monkeypatch.setattr(flow, "step_logp", lambda x, mean, *args: mean[:, 0])
     assert not agree(end(form), mixture(N, 11))
 
 
@@ -156,6 +156,46 @@ def test_cps_with_its_usual_noise_narrows_the_modes():
 
 def test_a_wrong_velocity_ends_elsewhere():
     assert not agree(end(velocity=lambda x, t: mixture_velocity(x, t) + .1), mixture(N, 11))
+
+
+# ---- noise in a subspace ----
+
+TILTED = torch.tensor([[.6, .8]], dtype=F64)
+
+
+@pytest.mark.parametrize("form", LEVELS)
+def test_noise_along_one_direction_ends_in_the_data_too(form):
+    noise = torch.randn(N, 2, generator=gen(5), dtype=F64)
+    x = flow.sample_flow(mixture_velocity, noise, flow.timesteps(STEPS), range(STEPS - 1), FINE[form], form, generator=gen(6), basis=TILTED).final
+    assert agree(x, mixture(N, 11)) and not torch.allclose(x, end(form))
+
+
+def test_a_subspace_without_its_drift_ends_elsewhere(monkeypatch):
+    monkeypatch.setattr(flow, "step_mean", lambda x, v, t, t_next, level, form, basis: (flow.ode_step(x, v, t, t_next), flow.step_coefficients(torch.tensor(t), torch.tensor(t_next), level, form)[2].reshape(1, 1)))
+    noise = torch.randn(N, 2, generator=gen(5), dtype=F64)
+    assert not agree(flow.sample_flow(mixture_velocity, noise, flow.timesteps(STEPS), range(STEPS - 1), .7, "flow_sde", generator=gen(6), basis=TILTED).final, mixture(N, 11))
+
+
+@pytest.mark.parametrize("reduction, n", [("sum", 1), ("mean", 3)])
+def test_a_subspace_has_the_density_of_its_coordinates(reduction, n):
+    "Against torch's multivariate normal over the coordinates; all directions are the same as none named; what is stored scores as it was drawn."
+    basis, net = torch.linalg.qr(torch.randn(12, 12, generator=gen(1)))[0], Net()
+    x, v = noise(), net(noise(), torch.full((5,), .6)).detach()
+    x_next, mean, std = flow.sde_step(x, v, .6, .5, generator=gen(2), basis=basis[:3])
+    coordinates = lambda z: z.flatten(1) @ basis[:3].T
+    want = torch.distributions.MultivariateNormal(coordinates(mean), std.item()**2 * torch.eye(3)).log_prob(coordinates(x_next)) / n
+    assert torch.allclose(flow.step_logp(x_next, mean, std, reduction, basis[:3]), want, atol=1e-5)
+    whole, free = flow.sde_step(x, v, .6, .5, generator=gen(2), basis=basis), flow.sde_step(x, v, .6, .5, generator=gen(2))
+    assert torch.allclose(whole[0], free[0], atol=1e-5) and torch.allclose(flow.step_logp(*whole, "sum", basis), flow.step_logp(*free, "sum"), atol=1e-4)
+    s = settings(reduction=reduction, basis=basis[:3])
+    got = flow.sample_flow(net, noise(), generator=gen(), **s)
+    assert torch.equal(flow.sde_logp(net, got.states, **s), got.logp) and not torch.allclose(flow.sde_logp(net, got.states, **s | dict(basis=basis[3:6])), got.logp)
+    moved, one = Net(seed=3), {k: s[k] for k in ("times", "window", "noise_level", "form", "basis")}
+    means, other = flow.sde_means(net, got.states, **one), flow.sde_means(moved, got.states, **one)
+    kl = flow.means_kl(means, other, **s)[:, 0]
+    b, sd = (z.item() for z in flow.step_coefficients(torch.tensor(s["times"][1]), torch.tensor(s["times"][2]), .7)[1:])
+    apart = coordinates(net(got.states[:, 0, 0], torch.full((5,), s["times"][1])) - moved(got.states[:, 0, 0], torch.full((5,), s["times"][1])))
+    assert torch.allclose(kl, b**2 * apart.square().sum(1) / (2 * sd**2) / n, rtol=1e-3)
 
 
 # ---- what the objective relies on ----

@@ -17,10 +17,10 @@ from ..grpo.kl import kl_gaussian
 
 # %% auto #0
 __all__ = ['REDUCTIONS', 'FORMS', 'WEIGHTINGS', 'interpolate', 'flow_loss', 'shift_time', 'timesteps', 'training_times',
-           'ode_step', 'step_coefficients', 'normal_like', 'sde_step', 'step_logp', 'step_weight', 'gaussian_kl',
-           'sde_window', 'FlowSample', 'sample_flow', 'sde_means', 'means_logp', 'means_kl', 'sde_logp',
-           'row_generators', 'Draws', 'forward_draws', 'forward_velocities', 'velocities_logp', 'velocities_kl',
-           'forward_logp']
+           'ode_step', 'step_coefficients', 'normal_like', 'inside', 'step_mean', 'sde_step', 'step_logp',
+           'step_weight', 'gaussian_kl', 'sde_window', 'FlowSample', 'sample_flow', 'sde_means', 'means_logp',
+           'means_kl', 'sde_logp', 'principal_directions', 'row_generators', 'Draws', 'forward_draws',
+           'forward_velocities', 'velocities_logp', 'velocities_kl', 'forward_logp']
 
 # %% ../../nbs/11_mechanisms.flow.ipynb #interpolate
 def _column(t, x: Tensor) -> Tensor:
@@ -130,6 +130,18 @@ def normal_like(
     if len(generator) != len(x): raise UserError(f"{len(generator)} generators for {len(x)} rows: one is needed for each row.")
     return torch.stack([draw(x.shape[1:], g) for g in generator])
 
+def inside(x: Tensor, basis: Tensor | None) -> Tensor:
+    "The part of x [b, ...] that lies in the subspace spanned by the rows of basis [k, D]; None: all of it."
+    return x if basis is None else (x.flatten(1) @ basis.to(x).T @ basis.to(x)).view(x.shape)
+
+def step_mean(x: Tensor, v: Tensor, t, t_next, noise_level: float, form: str, basis: Tensor | None = None) -> tuple:
+    "(mean, std) of a stochastic step; outside the subspace it is a step of the ODE."
+    a, b, std = step_coefficients(_column(t, x), _column(t_next, x), noise_level, form)
+    mean = a * x + b * v
+    if basis is None: return mean, std
+    ode = ode_step(x, v, t, t_next)
+    return ode + inside(mean - ode, basis), std
+
 def sde_step(
     x: Tensor,                  # [b, ...] state at t
     v: Tensor,                  # [b, ...] velocity there
@@ -137,22 +149,28 @@ def sde_step(
     noise_level: float = 0.7,
     form: str = "flow_sde",
     generator=None,             # see `normal_like`
+    basis: Tensor | None = None,    # [k, D] orthonormal rows: the only directions that get noise; None: all D
 ) -> tuple:                     # (x_next, mean, std); std broadcasts
     "One stochastic step with the marginals of the ODE."
     x, v = _wide(x), _wide(v)
-    a, b, std = step_coefficients(_column(t, x), _column(t_next, x), noise_level, form)
-    mean = a * x + b * v
-    return mean + std * normal_like(x, generator), mean, std
+    mean, std = step_mean(x, v, t, t_next, noise_level, form, basis)
+    return mean + std * inside(normal_like(x, generator), basis), mean, std
 
 # %% ../../nbs/11_mechanisms.flow.ipynb #step-logp
+def _coordinates(x: Tensor, basis: Tensor | None) -> Tensor:
+    "x [b, ...] as numbers along the basis' rows, [b, k]."
+    return x if basis is None else x.flatten(1) @ basis.to(x).T
+
 def step_logp(
     x_next: Tensor,             # [b, ...] where the step went
     mean: Tensor,               # [b, ...]
     std: Tensor | float,        # broadcasts
     reduction: str = "mean",    # over dimensions: 'mean' (peers) or 'sum' (the true log-density)
+    basis: Tensor | None = None,    # [k, D] the directions that got noise: the density is one over these k
 ) -> Tensor:                    # [b]
     "Gaussian log-density of a step."
     std = torch.as_tensor(std, dtype=mean.dtype, device=mean.device)
+    if basis is not None: x_next, mean, std = _coordinates(x_next, basis), _coordinates(mean, basis), std.reshape(-1, 1)
     if not (std > 0).all():
         raise UserError("a step without noise has no log-probability: raise noise_level, and keep cps out of the last step.")
     return _reduce(-((x_next - mean) / std).square() / 2 - std.log() - math.log(2 * math.pi) / 2, reduction)
@@ -177,9 +195,11 @@ def gaussian_kl(
     mean_ref: Tensor,           # [b, ...] under the reference
     std: Tensor | float,        # of both
     reduction: str = "mean",
+    basis: Tensor | None = None,    # see `step_logp`
 ) -> Tensor:                    # [b]
     "Exact KL between two steps of one standard deviation, over all dimensions of a sample."
     std = torch.as_tensor(std, dtype=mean.dtype, device=mean.device).reshape(-1, 1)
+    mean, mean_ref = _coordinates(mean, basis), _coordinates(mean_ref, basis)
     return _reduce(kl_gaussian(mean.flatten(1).unsqueeze(2), mean_ref.flatten(1).unsqueeze(2), std), reduction)
 
 # %% ../../nbs/11_mechanisms.flow.ipynb #window
@@ -226,6 +246,7 @@ def sample_flow(
     reduction: str = "mean",
     weighting: str = "none",
     generator=None,             # of the steps' noise; see `normal_like`
+    basis: Tensor | None = None,    # [k, D] the directions of the steps' noise; see `sde_step`
 ) -> FlowSample:
     "From noise to data: stochastic steps in the window, Euler steps elsewhere."
     times = [float(t) for t in times]
@@ -234,8 +255,8 @@ def sample_flow(
     for i, (t, t_next) in enumerate(zip(times, times[1:])):
         v = velocity(x, x.new_full((len(x),), t))
         if i not in window: x = ode_step(x, v, t, t_next); continue
-        x_next, mean, std = sde_step(x, v, t, t_next, noise_level, form, generator)
-        logp.append(step_weight(t, t_next, noise_level, form, weighting).item() * step_logp(x_next, mean, std, reduction))
+        x_next, mean, std = sde_step(x, v, t, t_next, noise_level, form, generator, basis)
+        logp.append(step_weight(t, t_next, noise_level, form, weighting).item() * step_logp(x_next, mean, std, reduction, basis))
         states.append(torch.stack([x, x_next], 1))
         x = x_next
     if not states: return FlowSample(x, x.new_zeros(len(x), 0, 2, *x.shape[1:]), x.new_zeros(len(x), 0))
@@ -249,15 +270,14 @@ def sde_means(
     window: Sequence,           # T step numbers
     noise_level: float = 0.7,
     form: str = "flow_sde",
+    basis: Tensor | None = None,
 ) -> Tensor:                    # [b, T, ...], differentiable
     "Where stored steps would go on average under a velocity."
     times = [float(t) for t in times]
     _check_window(times, window, form)
     if states.shape[1] != len(window):
         raise UserError(f"{states.shape[1]} stored steps, but the window {tuple(window)} has {len(window)}.")
-    def mean(x, t, t_next):
-        a, b, _ = step_coefficients(_column(t, x), _column(t_next, x), noise_level, form)
-        return a * x + b * _wide(velocity(x, x.new_full((len(x),), t)))
+    mean = lambda x, t, t_next: step_mean(x, _wide(velocity(x, x.new_full((len(x),), t))), t, t_next, noise_level, form, basis)[0]
     if not len(window): return states[:, :, 0]
     return torch.stack([mean(states[:, k, 0], times[i], times[i + 1]) for k, i in enumerate(window)], 1)
 
@@ -268,19 +288,31 @@ def _each_step(score: Callable, x: Tensor, times, window, noise_level, form, wei
         return step_weight(t, t_next, noise_level, form, weighting).item() * score(k, std)
     return torch.stack([one(k, float(times[i]), float(times[i + 1])) for k, i in enumerate(window)], 1) if len(window) else x.new_zeros(len(x), 0)
 
-def means_logp(means: Tensor, states: Tensor, times, window, noise_level=0.7, form="flow_sde", reduction="mean", weighting="none") -> Tensor:
+def means_logp(means: Tensor, states: Tensor, times, window, noise_level=0.7, form="flow_sde", reduction="mean", weighting="none", basis=None) -> Tensor:
     "[b, T] log-probability of stored steps under a policy with these means."
-    return _each_step(lambda k, std: step_logp(states[:, k, 1], means[:, k], std, reduction), states[:, 0, 0] if len(window) else states, times, window, noise_level, form, weighting)
+    return _each_step(lambda k, std: step_logp(states[:, k, 1], means[:, k], std, reduction, basis), states[:, 0, 0] if len(window) else states, times, window, noise_level, form, weighting)
 
-def means_kl(means: Tensor, means_ref: Tensor, times, window, noise_level=0.7, form="flow_sde", reduction="mean", weighting="none") -> Tensor:
+def means_kl(means: Tensor, means_ref: Tensor, times, window, noise_level=0.7, form="flow_sde", reduction="mean", weighting="none", basis=None) -> Tensor:
     "[b, T] exact KL of the steps of two policies, weighted as their log-probabilities are."
-    return _each_step(lambda k, std: gaussian_kl(means[:, k], means_ref[:, k], std, reduction), means[:, 0] if len(window) else means, times, window, noise_level, form, weighting)
+    return _each_step(lambda k, std: gaussian_kl(means[:, k], means_ref[:, k], std, reduction, basis), means[:, 0] if len(window) else means, times, window, noise_level, form, weighting)
 
 def sde_logp(velocity: Callable, states: Tensor, times: Sequence, window: Sequence, noise_level: float = 0.7, form: str = "flow_sde",
-             reduction: str = "mean", weighting: str = "none") -> Tensor:
+             reduction: str = "mean", weighting: str = "none", basis: Tensor | None = None) -> Tensor:
     "[b, T] log-probability of sampled steps under a velocity, differentiable; all settings as they were in `sample_flow`."
-    means = sde_means(velocity, states, times, window, noise_level, form)
-    return means_logp(means, states, times, window, noise_level, form, reduction, weighting)
+    means = sde_means(velocity, states, times, window, noise_level, form, basis)
+    return means_logp(means, states, times, window, noise_level, form, reduction, weighting, basis)
+
+# %% ../../nbs/11_mechanisms.flow.ipynb #subspace
+def principal_directions(
+    x0: Tensor,                 # [n, ...] finished samples
+    k: int,                     # how many directions
+) -> tuple:                     # ([k, D] orthonormal rows; the share of the samples' variance that they hold)
+    "The main directions in which samples differ: principal components, largest first."
+    x = x0.flatten(1).double()
+    if not 1 <= k <= min(len(x) - 1, x.shape[1]):
+        raise UserError(f"{k} directions of {len(x)} samples of {x.shape[1]} numbers: at most {min(len(x) - 1, x.shape[1])} can be found.")
+    _, size, rows = torch.linalg.svd(x - x.mean(0), full_matrices=False)
+    return rows[:k].float(), float(size[:k].square().sum() / size.square().sum())
 
 # %% ../../nbs/11_mechanisms.flow.ipynb #forward
 def row_generators(seed: int, rows: Tensor, name: str = "noise") -> list:

@@ -10,6 +10,8 @@ import json
 import math
 import re
 from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -21,18 +23,19 @@ from torch import Tensor, nn
 import unify_rl
 from ..core import Part, Prompt, Rollout, UserError, generator_for, nearest, seed_for
 from ..mechanisms.tokens import Prefix, sample_tokens, token_logp
-from ..mechanisms.flow import (forward_draws, forward_velocities, means_kl, means_logp, normal_like, sample_flow, sde_means, sde_window,
-                                      timesteps, velocities_kl, velocities_logp)
+from ..mechanisms.flow import (forward_draws, forward_velocities, means_kl, means_logp, normal_like, principal_directions, sample_flow,
+                                      sde_means, sde_window, timesteps, velocities_kl, velocities_logp)
 from ..mechanisms.mot import GEN, MoTBody, make_route, router_stats, upcycle
 from .base import Policy, check_keys, check_picture, check_types, file_shapes, from_section, group_numbers, load_tokenizer, output_generators, read_json
 from .janus import TAGS
 
 # %% auto #0
-__all__ = ['VAE_NAMES', 'LLM_KEYS', 'VIT_KEYS', 'FILES', 'SPECIALS', 'THINK', 'RENORMS', 'GUIDANCE', 'ESTIMATORS', 'FULL',
-           'NO_TEXT', 'NO_IMAGE', 'TEXT', 'VIT', 'VAE', 'patchify', 'unpatchify', 'places', 'sincos_table',
+__all__ = ['VAE_NAMES', 'LLM_KEYS', 'VIT_KEYS', 'FILES', 'SPECIALS', 'THINK', 'RENORMS', 'GUIDANCE', 'SUBSPACE', 'ESTIMATORS',
+           'FULL', 'NO_TEXT', 'NO_IMAGE', 'TEXT', 'VIT', 'VAE', 'patchify', 'unpatchify', 'places', 'sincos_table',
            'SiglipLayer', 'SiglipTower', 'Bagel', 'vae_name', 'vae_state', 'new_vae', 'vae_sizes', 'read_config',
            'check_vae', 'build', 'open_folder', 'bagel_shapes', 'qwen_words', 'new_bagel', 'Guidance', 'guide_velocity',
-           'Drawing', 'Estimator', 'layout', 'GroupDecoder', 'BagelPolicy']
+           'Drawing', 'Estimator', 'save_subspace', 'read_subspace', 'basis_of', 'layout', 'GroupDecoder',
+           'BagelPolicy']
 
 # %% ../../nbs/22_policies.bagel.ipynb #patch
 def patchify(x: Tensor, p: int) -> Tensor:
@@ -308,6 +311,7 @@ class Drawing:
     window: int = 2             # sde: how many steps are stochastic and trained
     low: int = 0                # sde: the window lies in steps low ...
     high: int = 0               # ... high - 1; 0: all but the last
+    subspace: str = ""          # sde: its noise keeps to these directions: a file (`unify_rl subspace` makes one) or a shipped policy that has one; '': all
     same_start: bool = False    # a group starts from one noise, so that its pictures differ by their stochastic steps alone
     noise_level: float = 0.7    # sde
     form: str = "flow_sde"      # sde: 'flow_sde', 'dance' or 'cps'
@@ -330,7 +334,36 @@ class Estimator(NamedTuple):
     logp: Callable          # (location, part) -> [b, T]
     kl: Callable            # (location, the reference's, part) -> [b, T]
 
-def _path(part, *more): return {k: part.settings[k] for k in ("times", "window", "noise_level", "form", *more)}
+SUBSPACE = "subspace.safetensors"
+
+def save_subspace(path: str | Path, directions: Tensor) -> None:
+    "Write directions [k, D] where `drawing.subspace` can find them."
+    from safetensors.torch import save_file
+    save_file(dict(directions=directions.float().contiguous()), path)
+
+@lru_cache(maxsize=4)
+def read_subspace(name: str) -> Tensor:     # [k, D]
+    "The directions in a file, or those that come with a shipped policy."
+    from safetensors.torch import load_file
+    shipped = Path(str(files("unify_rl")/"assets"/name/SUBSPACE))
+    path = shipped if shipped.is_file() else Path(name).expanduser()
+    if not path.is_file(): raise UserError(f"drawing.subspace: there is no file {name}. Make one: unify_rl subspace POLICY --out {name if name.endswith('.safetensors') else 'FILE'}")
+    try: rows = load_file(path)["directions"]
+    except Exception as e: raise UserError(f"drawing.subspace: {path} holds no directions ({type(e).__name__}). Make it anew: unify_rl subspace POLICY --out {path}") from e
+    if rows.ndim != 2 or not torch.allclose(rows @ rows.T, torch.eye(len(rows)), atol=1e-3):
+        raise UserError(f"drawing.subspace: the directions of {path}, {tuple(rows.shape)}, are not orthonormal rows. Make it anew: unify_rl subspace POLICY --out {path}")
+    return rows
+
+def basis_of(subspace: str, places: int, channels: int) -> Tensor | None:
+    "The directions for latents [places, channels]; None: all of them."
+    if not subspace: return None
+    rows = read_subspace(subspace)
+    if rows.shape[1] != places * channels:
+        raise UserError(f"drawing.subspace: {subspace} has directions of {rows.shape[1]} numbers, but these pictures have {places} x {channels}. "
+                        "It is for another policy or size; make one for this: unify_rl subspace POLICY --out FILE")
+    return rows
+
+def _path(part, *more): return {k: part.settings[k] for k in ("times", "window", "noise_level", "form", *more)} | dict(basis=basis_of(part.settings["subspace"], *part.actions.shape[-2:]))
 def _rule(part): return _path(part, "reduction", "weighting")
 
 def _draws(part):
@@ -693,6 +726,8 @@ class BagelPolicy(Policy):
         timesteps(d.steps, d.shift)
         if not ESTIMATORS[d.estimator].window(d, generator_for("check")) and d.same_start:
             raise UserError("drawing.same_start without stochastic steps would make a group of equal pictures. Use estimator sde and a window, or leave it out")
+        if d.subspace and d.estimator != "sde": raise UserError(f"drawing.subspace is where stochastic steps make noise, and estimator {d.estimator} has none. Use estimator sde, or leave it out")
+        if d.subspace: read_subspace(d.subspace)
 
     def _jobs(self, prompts: list, size: int) -> dict:
         "(kind of guidance, latent grid) -> prompts that are drawn together."
@@ -717,6 +752,17 @@ class BagelPolicy(Policy):
         for b, text in zip(rows.tolist(), self.tokenizer.batch_decode(s.tokens_BT, skip_special_tokens=True)): out.texts[b] = text
         return [[t for t, m in zip(*r) if m] for r in zip(s.tokens_BT.tolist(), s.mask_BT.tolist())]
 
+    def subspace(
+        self,
+        prompts: list,          # to draw: a few dozen or more
+        rank: int = 64,         # how many directions
+        group_size: int = 4,    # pictures of each prompt
+        seed: int = 0,
+    ) -> tuple:                 # ([rank, D], the share of the pictures' variance they hold)
+        "The main directions in which this policy's pictures differ, for `drawing.subspace`."
+        found = [self.sample(prompts[i:i + 16], group_size, generator_for(seed, "subspace", i), estimator="forward", draws=1).parts[0].actions[:, 0].cpu() for i in range(0, len(prompts), 16)]
+        return principal_directions(torch.cat(found), rank)
+
     def _draw_context(self, prompts: list, look: dict, thoughts: list | None, G: int) -> tuple[dict, Tensor]:
         "Contexts for drawing and which one each row uses: one a prompt, or one a row if rows have thoughts."
         n = len(prompts)
@@ -739,13 +785,13 @@ class BagelPolicy(Policy):
         if ahead: noise = sample_flow(self.velocity(context, index[::G], grid, cfg, guidance), noise[::G], times[:ahead + 1]).final      # once a group
         elif d.same_start: noise = noise[::G]
         if d.same_start: noise = noise.repeat_interleave(G, 0)
-        s = sample_flow(self.velocity(context, index, grid, cfg, guidance), noise, generator=noises,
+        s = sample_flow(self.velocity(context, index, grid, cfg, guidance), noise, generator=noises, basis=basis_of(d.subspace, *noise.shape[1:]),
                         **flow | dict(times=times[ahead:], window=[i - ahead for i in window]))
         for b, im in zip(rows.tolist(), self.pictures(s.final, grid)): out.images[b] = im
         actions = e.actions(s, d)
         if actions is None: return
         scored = cfg if logp == "guided" else 1.0
-        settings = flow | dict(estimator=d.estimator, grid=grid, cfg=scored, guidance=asdict(guidance), seed=seed, group_size=G, draw_shift=d.draw_shift)
+        settings = flow | dict(estimator=d.estimator, grid=grid, cfg=scored, guidance=asdict(guidance), seed=seed, group_size=G, draw_shift=d.draw_shift, subspace=d.subspace)
         part = Part("image", rows, actions, torch.ones(actions.shape[:2], dtype=torch.bool, device=self.device), context, index, settings=settings,
                     targets=dict(draw=group_numbers(out.prompts, which, G).to(self.device)))
         part.logp_old = s.logp if window and scored == cfg else None        # or nothing was recorded: the first update computes it anyway
