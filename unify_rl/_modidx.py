@@ -20,6 +20,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'unify_rl.cli.recipe_list': ('cli.html#recipe_list', 'unify_rl/cli.py'),
                               'unify_rl.cli.score_table': ('cli.html#score_table', 'unify_rl/cli.py'),
                               'unify_rl.cli.serve': ('cli.html#serve', 'unify_rl/cli.py'),
+                              'unify_rl.cli.subspace': ('cli.html#subspace', 'unify_rl/cli.py'),
                               'unify_rl.cli.suite_scores': ('cli.html#suite_scores', 'unify_rl/cli.py'),
                               'unify_rl.cli.train': ('cli.html#train', 'unify_rl/cli.py'),
                               'unify_rl.cli.train_manual': ('cli.html#train_manual', 'unify_rl/cli.py')},

@@ -16,8 +16,8 @@ from .core import UserError
 
 # %% auto #0
 __all__ = ['SERVE_MANUAL', 'LAUNCH_MANUAL', 'PAIRS_MANUAL', 'Parser', 'train_manual', 'recipe_list', 'parser', 'train',
-           'evaluate', 'pretrain', 'merge', 'inspect', 'serve', 'launch', 'plan', 'doctor', 'pairs', 'read_sides',
-           'pairs_table', 'suite_scores', 'score_table', 'parse', 'main']
+           'evaluate', 'pretrain', 'subspace', 'merge', 'inspect', 'serve', 'launch', 'plan', 'doctor', 'pairs',
+           'read_sides', 'pairs_table', 'suite_scores', 'score_table', 'parse', 'main']
 
 # %% ../nbs/80_cli.ipynb #parser
 class Parser(argparse.ArgumentParser):
@@ -167,6 +167,13 @@ def parser() -> Parser:
     v.add_argument("--out", metavar="DIR", help="folder for the model; default: runs/NAME")
     v.add_argument("--steps", type=int, metavar="N", help="steps of the last stage; default: the recipe's")
 
+    v = verb("subspace", subspace, "find the directions in which a policy's pictures differ, for rollout.drawing.subspace")
+    v.add_argument("policy", metavar="POLICY", help="a policy that draws by a flow: a shipped name, a folder, or a hub name")
+    v.add_argument("--rank", type=int, metavar="K", default=64, help="how many directions; default: %(default)s")
+    v.add_argument("--pictures", type=int, metavar="N", default=256, help="drawn to find them, of training prompts, four each; default: %(default)s")
+    v.add_argument("--seed", type=int, metavar="S", default=0, help="default: %(default)s")
+    v.add_argument("--out", metavar="FILE", help="default: runs/subspace-POLICY.safetensors")
+
     v = verb("merge", merge, "merge policies that were trained from one base")
     v.add_argument("policies", nargs="+", metavar="POLICY", help="two or more: shipped names, folders, or hub names")
     v.add_argument("--base", metavar="P", required=True, help="the policy that they were trained from")
@@ -300,6 +307,24 @@ def pretrain(args) -> None:
         raise KeyboardInterrupt("interrupted; the same command continues from the last checkpoint") from None
     test = f"test it     unify_rl eval --policy {out}\n" if (out/"config.json").exists() else ""       # a referee is no policy
     screen.say(f"{args.name} is in {out}\n{test}ship it     copy the folder to unify_rl/assets/{args.name}")
+
+def subspace(args) -> None:
+    "`unify_rl subspace`"
+    from unify_rl.data.stream import PromptStream, load_prompts
+    from unify_rl.policies.bagel import save_subspace
+    from unify_rl.policies.load import load_policy
+    from unify_rl.run import Screen, quiet
+    if args.pictures < 4: raise UserError(f"--pictures is {args.pictures}; it must be at least 4")
+    with quiet():
+        policy = load_policy(args.policy)
+        if not hasattr(policy, "subspace"): raise UserError(f"{args.policy} draws without a flow, so its steps have no noise to direct; a BAGEL does")
+        prompts = PromptStream(load_prompts("shapes", "train", ("generate",)), dict(generate=1.0), args.seed).batch(0, args.pictures // 4)
+        found, share = policy.subspace(prompts, args.rank, 4, args.seed)
+    out = Path(args.out or f"runs/subspace-{Path(args.policy).name}.safetensors")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_subspace(out, found)
+    Screen().say(f"{len(found)} of {found.shape[1]} directions hold {share:.1%} of what {4 * len(prompts)} pictures differ in\nsubspace  {out}\n"
+                 f"next      unify_rl train lvrpo --policy {shlex.quote(args.policy)} 'rollout.drawing={{estimator: sde, same_start: true, subspace: {out}}}'")
 
 def merge(args) -> None:
     "`unify_rl merge`"
