@@ -208,6 +208,16 @@ def test_a_picture_bomb_is_not_opened(tmp_path, monkeypatch):
     page = report(tmp_path)
     assert "img" not in page.tags and "picture cannot be read" in page
 
+def test_no_single_damaged_byte_of_a_picture_stops_the_report(tmp_path):
+    from PIL import Image
+    RunLog(tmp_path)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)).save(file := tmp_path/"noise.png")
+    raw, seen = file.read_bytes(), set()
+    for i in range(len(raw)):
+        file.write_bytes(raw[:i] + bytes([raw[i] ^ 1]) + raw[i+1:])
+        seen.add("picture cannot be read" in embed(tmp_path, "noise.png"))
+    assert seen == {True, False}                 # some are noticed, by whatever error Pillow has for them, and none gets through
+
 def test_a_damaged_table_costs_only_its_section(tmp_path):
     make_run(tmp_path)
     f = tmp_path/"groups"/"step-000004.parquet"
