@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from importlib import import_module
 from inspect import signature
 from threading import Thread
@@ -88,10 +88,12 @@ def check_constraints(
         out.append((bool(ok), why))
     return out
 
+_parameters = lru_cache(signature)          # asked once a rule, not once a prompt
+
 def _rule(prompt: Prompt, c) -> Callable:
     "The rule for a constraint, or a `UserError` naming the prompt."
     if c.kind not in RULES: raise UserError(f"prompt {prompt.id!r}: unknown constraint {c.kind!r}. {nearest(c.kind, RULES)}")
-    try: signature(RULES[c.kind]).bind(None, **c.params)
+    try: _parameters(RULES[c.kind]).bind(None, **c.params)
     except TypeError as e:
         raise UserError(f"prompt {prompt.id!r}: constraint {c.kind!r} has the wrong parameters {dict(c.params)}: {e}") from None
     return RULES[c.kind]
