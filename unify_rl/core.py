@@ -12,8 +12,8 @@ from typing import Any, Iterable, Mapping
 import numpy as np
 
 # %% auto #0
-__all__ = ['TASKS', 'UserError', 'nearest', 'Constraint', 'Detection', 'Prompt', 'Part', 'Rollout', 'Scores', 'seed_for',
-           'rng_for', 'generator_for']
+__all__ = ['TASKS', 'UserError', 'nearest', 'Constraint', 'Detection', 'Prompt', 'Part', 'Rollout', 'join_rollouts', 'Scores',
+           'seed_for', 'rng_for', 'generator_for']
 
 # %% ../nbs/00_core.ipynb #usererror
 class UserError(ValueError):
@@ -120,6 +120,16 @@ class Rollout:
     def prompt(self, b: int) -> Prompt:
         "The prompt of sample `b`."
         return self.prompts[b // self.group_size]
+
+# %% ../nbs/00_core.ipynb #join
+def join_rollouts(rollouts: list) -> Rollout:
+    "One rollout of several of one group size, one after another; parts keep their contexts and get new row numbers."
+    at, parts = 0, []
+    for r in rollouts:
+        parts += [replace(p, rows=p.rows + at) for p in r.parts]
+        at += len(r)
+    every = lambda name: [x for r in rollouts for x in getattr(r, name)]
+    return Rollout(every("prompts"), rollouts[0].group_size, parts, every("texts"), every("images"))
 
 # %% ../nbs/00_core.ipynb #scores
 @dataclass

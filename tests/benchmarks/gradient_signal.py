@@ -20,6 +20,7 @@ SDE = dict(estimator="sde", steps=10, same_start=True)
 FLOW = {
     "forward, 4 draws": dict(estimator="forward", draws=4),
     "sde, 4 of the first 6 steps": dict(SDE, window=4, high=6),
+    "sde, 4 of the first 6 steps, noise in 64 directions": dict(SDE, window=4, high=6, subspace="tiny-bagel"),
     "sde, all 9 of the first 9": dict(SDE, window=9, high=9),
     "sde, 5 of 5 longer steps": dict(SDE, steps=6, window=5, high=5),
     "sde, step 1 alone": dict(SDE, window=1, low=1, high=2),

@@ -25,7 +25,8 @@ from ..world.scenes import World, place, relations
 
 # %% auto #0
 __all__ = ['RULES', 'REWARDS', 'MODULES', 'SERVED', 'Seen', 'check_constraints', 'well_formed', 'Reward', 'per_sample', 'Eyes',
-           'find_reward', 'make_reward', 'build_rewards', 'check_prompts', 'ScoreTable', 'score', 'ask_ahead']
+           'find_reward', 'make_reward', 'build_rewards', 'check_prompts', 'ScoreTable', 'score', 'ask_ahead',
+           'all_answers']
 
 # %% ../../nbs/30_rewards.verifiable.ipynb #rules
 @dataclass
@@ -311,6 +312,13 @@ def ask_ahead(rewards: list, prompts_B: list, rollout: Rollout) -> dict:        
     "Put the question to every remote reward and do not wait; `score` collects the answers."
     rows = {k: _rows(r, prompts_B) for k, r in enumerate(rewards) if getattr(r, "remote", False)}
     return {k: _aside(partial(_ask, rewards[k], prompts_B, rollout, idx)) for k, idx in rows.items() if idx}
+
+def all_answers(asked: list) -> dict:       # as of one `ask_ahead` about all portions together
+    "What `ask_ahead` returned for portions of a batch, in their order, as futures of the whole batch's answers."
+    def together(futures):
+        values, reasons, problems = zip(*(f.result() for f in futures))
+        return sum(values, []), sum(map(list, reasons), []), next(filter(None, problems), "")
+    return {k: _aside(partial(together, [a[k] for a in asked if k in a])) for k in sorted({k for a in asked for k in a})}
 
 def _aside(job: Callable) -> Future:
     "Run a job in a thread of its own, which keeps nobody from leaving: Ctrl-C need not wait for a slow server."
