@@ -11,7 +11,7 @@ from contextlib import closing, contextmanager
 import pytest
 from test_inspect import make
 
-from unify_rl.inspect.groups import write_notebook
+from unify_rl.inspect.panel import write_notebook
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync".split()
