@@ -22,7 +22,7 @@ from .report import Markup, advantage_bar, html, tag
 from ..train.runlog import picture_path
 
 # %% auto #0
-__all__ = ['RAMP', 'LAYERS', 'LOOK', 'SIGN', 'data_uri', 'pixels', 'heat', 'boxes', 'grid_of', 'moments', 'order_of',
+__all__ = ['RAMP', 'LAYERS', 'DIGITS', 'LOOK', 'SIGN', 'data_uri', 'pixels', 'heat', 'boxes', 'grid_of', 'moments', 'order_of',
            'phrases_in', 'model_maps', 'captions_of', 'layers_for', 'run_cached', 'tokens_html', 'path_html',
            'draws_html', 'picture_html', 'group_view', 'plus_minus', 'strip', 'twin']
 
@@ -190,18 +190,21 @@ def path_html(row: dict, at: int | None = None) -> Markup:
     ratios = [next(ratio, math.nan) if i in noisy else math.nan for i in range(len(t))]
     more = [("log p", row["logp_path"]), ("ratio", ratios)] if noisy else []
     few = {0, len(t) - 1, *noisy, *range(max((at or 0) - 2, 0), min((at or 0) + 3, len(t)))}
-    return _small_table([("step", [f"{n + 1}" for n in row["order_path"]]), ("t", t), ("std", std), *more], at, None if len(t) <= 16 else few)
+    return _small_table([("#", [n + 1 for n in row["order_path"]]), ("t", t), ("std", std), *more], at, None if len(t) <= 16 else few)
 
 def draws_html(row: dict) -> Markup:
     "The draws at which the forward process compares two policies."
     return _small_table([("t", row["time_image"]), ("−loss", row.get("logp_image")), ("ratio", row.get("ratio_image"))])
 
+DIGITS = {"#": 0, "t": 2, "log p": 2}      # others get 3; the whole number stands under the mouse
+
 def _small_table(columns: list, now: int | None = None, only: set | None = None) -> Markup:
     "A table of a few columns of numbers, those of them that are known; one line is marked."
     have = [(name, v) for name, v in columns if v]
+    cell = lambda name, x: tag("td", "–") if math.isnan(x) else tag("td", f"{x:.{DIGITS.get(name, 3)}f}", title=f"{name} {x:.6g}")
     lines, n = [], len(have[0][1])
     for i in range(n):
-        if only is None or i in only: lines.append(tag("tr.now" if i == now else "tr", *(tag("td", v[i]) for _, v in have)))
+        if only is None or i in only: lines.append(tag("tr.now" if i == now else "tr", *(cell(name, v[i]) for name, v in have)))
         elif i - 1 in only: lines.append(tag("tr", tag("td", "⋮")))
     return tag("table.path", tag("tr", *(tag("th", name) for name, _ in have)), *lines)
 
@@ -243,7 +246,7 @@ LOOK = """<style>
 .ug svg text {paint-order: stroke; stroke: #fff; stroke-width: .35px; fill: #000; font-family: sans-serif}
 .ug .source {float: left; margin: 0 .8em .4em 0} .ug .source .pic {width: 76px}
 .ug .text {max-height: 11em; overflow: auto; overflow-wrap: anywhere; font-size: 11.5px} .ug .cut {text-decoration: underline 2px #1f5fbf} .ug .blank {color: #aaa}
-.ug .path td, .ug .path th {font-size: 9px; padding: 0 .35em 0 0; white-space: nowrap}
+.ug .path td, .ug .path th {font-size: 9px; padding: 0 .3em 0 0; white-space: nowrap; font-variant-numeric: tabular-nums}
 .ug .path tr.now td {background: #dbe8ff}
 .ug .bar {position: relative; height: 7px; margin: .3em 0; background: linear-gradient(#999 0 0) center/1px 100% no-repeat #f0f0f0}
 .ug .bar i {position: absolute; top: 0; bottom: 0} .ug .pos {background: #2e9e4f} .ug .neg {background: #c9483f}
