@@ -161,6 +161,8 @@ def test_what_is_whole(tmp_path):
     for n in (0, 3, 4, 8, 12, len(data) // 2, len(data) - 1, len(data)):
         (tmp_path / "x").write_bytes(data[:n])
         assert is_whole(tmp_path / "x") == (n == len(data))
+    (tmp_path / "x").write_bytes(data[:4] + data[-8:])                    # an end without its middle
+    assert not is_whole(tmp_path / "x")
     (tmp_path / "x").write_bytes(data + bytes(100))                      # room that was set aside, not yet filled
     assert not is_whole(tmp_path / "x") and not is_whole(tmp_path / "gone")
 
@@ -181,7 +183,7 @@ def test_refresh_takes_up_what_is_whole_and_rereads_nothing(run, monkeypatch):
         assert (4 in run.problems) == (part != data)
     assert set(seen) == {4}
     log.log_groups(3, rows_of(1))                                          # written again, and somebody looks at it
-    assert run.refresh() == 1 and run.rows(3)[0]["raw_tidy"] == .2 and run.refresh() == 0
+    assert run.refresh() == 1 and run.refresh() == 0 and run.rows(3)[0]["raw_tidy"] == .2
     log.truncate(2)
     assert run.refresh() == 0 and run.steps == [1, 2]
     log.log_groups(3, rows_of(2))
