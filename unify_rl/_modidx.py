@@ -310,6 +310,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'unify_rl/inspect/groups.py'),
                                          'unify_rl.inspect.groups.LoggedRun._fresh': ( 'inspect.groups.html#loggedrun._fresh',
                                                                                        'unify_rl/inspect/groups.py'),
+                                         'unify_rl.inspect.groups.LoggedRun._listed': ( 'inspect.groups.html#loggedrun._listed',
+                                                                                        'unify_rl/inspect/groups.py'),
                                          'unify_rl.inspect.groups.LoggedRun._path': ( 'inspect.groups.html#loggedrun._path',
                                                                                       'unify_rl/inspect/groups.py'),
                                          'unify_rl.inspect.groups.LoggedRun._stamp': ( 'inspect.groups.html#loggedrun._stamp',

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Sequence
@@ -14,7 +15,7 @@ from typing import Sequence
 import numpy as np
 
 from ..core import UserError, nearest
-from ..train.runlog import logged_steps, read_rows, run_folder
+from ..train.runlog import read_rows, run_folder
 
 # %% auto #0
 __all__ = ['FACTS', 'ONLY', 'SORTS', 'is_whole', 'LoggedRun', 'disagreement', 'split_groups', 'reward_names', 'number',
@@ -43,7 +44,7 @@ class LoggedRun:
     def refresh(self) -> int:
         "Take up what was written since: how many steps are new, or were read and then written again."
         self.__dict__.pop("config", None)
-        there, known = logged_steps(self.dir), set(self.steps)
+        there, known = self._listed(), set(self.steps)
         fresh = [s for s in there if s not in known]
         late = {s for s in (fresh if known else fresh[-8:]) if not is_whole(self._path(s))}       # a long run's older tables are checked when they are read
         again = [k for k, (stamp, _) in self._known.items() if k[0] == "rows" and stamp != self._stamp(k[1])]
@@ -66,6 +67,12 @@ class LoggedRun:
         try: found = yaml.safe_load((self.dir/"config.yaml").read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError, UnicodeDecodeError): found = None
         return found if isinstance(found, dict) else {}
+
+    def _listed(self) -> list[int]:
+        "The steps that have a table, by names alone: this is asked every two seconds."
+        folder = run_folder(self.dir)/"groups"
+        names = os.listdir(folder) if folder.is_dir() else []
+        return sorted(int(n[5:-8]) for n in names if n.startswith("step-") and n.endswith(".parquet") and n[5:-8].isdigit())
 
     def _path(self, step: int) -> Path: return self.dir/"groups"/f"step-{step:06d}.parquet"
 
