@@ -343,3 +343,51 @@ def test_lora_reference_and_merge(folder, prompts, tmp_path):
         assert not torch.allclose(moved, r.parts[0].logp_old, atol=1e-3)
     policy.save_pretrained(tmp_path/"merged")
     assert torch.allclose(load_policy(tmp_path/"merged")(r.parts[0]), moved, atol=1e-4)
+
+# -- what the log asks to be kept
+def drawn(policy, prompts, watch, **drawing):
+    policy.watch = watch
+    try: return policy.sample(prompts, 2, gen(3), **drawing)
+    finally: policy.watch = (), 0
+
+@pytest.mark.parametrize("drawing", [dict(estimator="forward"), dict(estimator="sde", window=2, low=1, high=4), dict(estimator="sde", window=2, low=2, high=4, same_start=True),
+                                     dict(estimator="forward", think=True)])
+def test_watching_changes_nothing_and_sees_every_step(policy, drawing):
+    "The states before each step: from noise, by the velocity that is asked again here, to the picture."
+    prompts = draw_prompts("train", 2) + edit_prompts("train", 1)
+    kw = dict(drawing, max_text=4)
+    plain, seen = drawn(policy, prompts, ((), 0), **kw), drawn(policy, prompts, ([1, 2, 4], 10**9), **kw)
+    for a, b in zip(plain.parts, seen.parts):
+        assert torch.equal(a.actions, b.actions) and "path" not in a.settings
+        assert a.logp_old is b.logp_old is None or torch.equal(a.logp_old, b.logp_old)
+    assert all(np.array_equal(a, b) for a, b in zip(plain.images, seen.images))
+    pictures = [p for p in seen.parts if p.kind == "image"]
+    assert sorted(b for p in pictures for b in p.settings["path"]["states"]) == [1, 2, 4]
+    for part in pictures:
+        s, path = part.settings, part.settings["path"]
+        assert path["steps"] == list(range(5))
+        v = policy.velocity(part.context, part.context_index, s["grid"], 1.0, Guidance(**s["guidance"]))
+        for b, states in path["states"].items():
+            i = part.rows.tolist().index(b)
+            x = torch.zeros(len(part), *states.shape[1:])
+            for k in range(5):
+                x[i] = states[k]
+                with torch.no_grad(): step = v(x, torch.full((len(part),), s["times"][k]))[i] * (s["times"][k + 1] - s["times"][k])
+                after = states[k + 1] if k < 4 else None
+                if k in s["window"]:
+                    w = s["window"].index(k)
+                    assert torch.equal(states[k], part.actions[i, w, 0]) and (after is None or torch.equal(after, part.actions[i, w, 1]))
+                elif after is not None: assert torch.allclose(states[k] + step, after, atol=1e-5)
+                else: assert np.abs(policy.pictures((states[k] + step)[None], s["grid"])[0].astype(int) - seen.images[b]).max() <= 1
+
+def test_what_is_kept_fits_into_the_pixels(policy):
+    prompts, h = draw_prompts("train", 4), 24 * 24
+    kept = lambda rows, pixels, **kw: [(p.settings["path"]["steps"], list(p.settings["path"]["states"])) for p in drawn(policy, prompts, (rows, pixels), steps=12, **kw).parts if "path" in p.settings]
+    assert kept([0, 1, 2, 3], 48 * h, estimator="forward") == [(list(range(12)), [0, 1, 2, 3])]
+    (steps, rows), = kept([0, 1, 2, 3], 47 * h, estimator="forward")
+    assert len(steps) == 11 and steps[0] == 0 and steps[-1] == 11 and rows == [0, 1, 2, 3]
+    (steps, rows), = kept([0, 1, 2, 3], 20 * h, estimator="sde", window=3, low=4, high=7)          # rather eight steps of two than five of four
+    assert len(steps) == 8 and {0, 4, 5, 6, 11} <= set(steps) and rows == [0, 1]
+    (steps, rows), = kept([0, 1, 2, 3], 3 * h, estimator="sde", window=2, low=4, high=6)
+    assert len(steps) == 3 and {4, 5} <= set(steps) and rows == [0]
+    assert kept([0, 1], h - 1, estimator="forward") == kept([], 10**9, estimator="forward") == kept([77], 10**9, estimator="forward") == []

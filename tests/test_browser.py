@@ -9,9 +9,10 @@ import urllib.request
 from contextlib import closing, contextmanager
 
 import pytest
-from test_inspect import make
+from test_inspect import make, picture, rows_of
 
-from unify_rl.inspect.groups import write_notebook
+from unify_rl.inspect.panel import write_notebook
+from unify_rl.train.runlog import RunLog
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync".split()
@@ -63,4 +64,14 @@ def test_a_slider_is_moved_in_jupyterlab(tmp_path):
         assert after[0] > before[0] == 0.5
         page.select_option(".widget-dropdown:has-text('groups of') select", "all steps")
         page.wait_for_function("document.querySelectorAll('.widget-select select option').length == 4", timeout=30_000)
+        page.select_option(".widget-dropdown:has-text('groups of') select", "this step")
+        page.click(".widget-toggle-button:has-text('follow')")
+        RunLog(folder, resume=True).log_groups(3, rows_of(2) + rows_of(2, 1), [picture(i % 4) for i in range(8)])        # the run goes on
+        page.wait_for_selector(".ug small:has-text('step 3')", timeout=30_000)
+        assert "3 steps, 1 new" in page.inner_text(".jp-OutputArea-output")
+        assert [float(x) for x in slider.locator(".widget-readout").all_inner_texts()] == after                             # the slider stays
+        moment = page.locator(".widget-hslider", has_text="moment")
+        moment.locator(".noUi-handle").focus()
+        page.keyboard.press("ArrowLeft")
+        page.wait_for_selector(".ug svg.cover", state="attached", timeout=30_000)
         browser.close()

@@ -1,6 +1,8 @@
 """The policy's own settings of drawing: from the configuration to `sample`, in training and in tests."""
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import unify_rl.run as R
 from unify_rl.core import UserError
@@ -14,7 +16,7 @@ from unify_rl.run import train
 from unify_rl.train.config import Config, from_dict
 from unify_rl.train.loop import Trainer
 from unify_rl.train.pretrain import vocabulary
-from unify_rl.train.runlog import RunLog
+from unify_rl.train.runlog import RunLog, read_rows
 from unify_rl.world.prompts import draw_prompts, edit_prompts
 from unify_rl.world.questions import question_prompts
 
@@ -54,6 +56,22 @@ def test_the_trainer_hands_them_on(tmp_path, calls, monkeypatch, drawing, action
     assert {k: calls[0][k] for k in drawing} == drawing and widths and set(widths) == {actions}
     assert any(not torch.equal(a, b) for a, b in zip(before, t.engine.trained.values()))
     assert abs(m["objective/ratio_mean"] - 1) < 1e-4 and m["samples/failed"] == 0
+
+
+@pytest.mark.parametrize("drawing", [dict(estimator="forward", steps=3), dict(estimator="sde", steps=4, window=2)])
+def test_the_log_shows_how_its_pictures_came_about_and_nobody_watches_otherwise(tmp_path, monkeypatch, drawing):
+    watched, real = [], BagelPolicy.sample
+    monkeypatch.setattr(BagelPolicy, "sample", lambda self, *a, **kw: watched.append(self.watch[0]) or real(self, *a, **kw))
+    t = trainer(tmp_path/"a", drawing, log=dict(groups_every=2, groups_max=2))
+    for _ in range(4): t.step()
+    assert [len(w) for w in watched] == [4, 4, 0, 4] and t.policy.watch == ((), 0)             # the first step, and every second; two groups of two
+    rows, S = [r for s in (1, 2, 4) for r in read_rows(t.log.dir, s) if r["image"]], drawing["steps"]
+    assert rows and all(r["order_path"] == list(range(S)) and r["time_path"][0] == 1 for r in rows)
+    for r in rows:
+        with Image.open(t.log.dir/r["frames"]) as im: assert im.size == (24 * S, 24)
+        noisy = [k for k, x in enumerate(r["std_path"]) if x > 0]
+        assert [not np.isnan(x) for x in r["logp_path"]] == [k in noisy for k in range(S)]
+        assert [r["logp_path"][k] for k in noisy] == (r["logp_image"] if noisy else []) and len(noisy) == drawing.get("window", 0)
 
 
 def test_two_updates_with_a_reference(tmp_path):

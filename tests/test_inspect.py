@@ -1,6 +1,7 @@
 """The inspector of reward groups: reading, recomputing, views, widgets moved by hand, bad input, and that looking needs no training code."""
 import json
 import math
+import re
 import subprocess
 import sys
 
@@ -12,8 +13,10 @@ from PIL import Image
 
 from unify_rl.core import Part, UserError
 from unify_rl.grpo.advantage import advantages
-from unify_rl.inspect.groups import (CELL, Inspector, LoggedRun, Settings, captions_of, clipped, disagreement, follow, group_view, layers_for, logged_settings,
-                                     model_maps, moments, open_lab, overview, recompute, reward_names, select, strip, tokens_html, twin, write_groups, write_notebook)
+from unify_rl.inspect.groups import (LoggedRun, Settings, carried_over, clipped, disagreement, follow, is_whole, logged_settings, overview, recompute,
+                                     reward_names, select)
+from unify_rl.inspect.panel import CELL, Inspector, open_lab, write_groups, write_notebook
+from unify_rl.inspect.views import captions_of, group_view, layers_for, model_maps, moments, path_html, strip, tokens_html, twin
 from unify_rl.train.runlog import RunLog, action_columns, path_frames, read_rows
 
 LAMBDA = dict(constraints=1.0, tidy=0.5)
@@ -132,17 +135,123 @@ def test_a_run_that_is_still_written(run):
     assert len(run.facts(3)) == 1 and len(run.rows(3)) == 4 and not run.facts(3)[0]["dead"]
 
 
-def test_a_half_written_table_hides_no_other(run):
-    path = run.dir / "groups" / "step-000002.parquet"
+def test_a_table_that_is_cut_short_while_we_look_hides_no_other(run):
+    shown, path = Inspector(run.dir), run.dir / "groups" / "step-000002.parquet"
     path.write_bytes(path.read_bytes()[:1500])
     assert {f["step"] for f in overview(run)} == {1, 3} and "cannot be read" in run.problems[2]
-    shown = Inspector(run.dir)
     shown.scope.value = "all steps"
     assert len(shown.prompt.options) == 4 and "step-000002.parquet" in shown.message.value
     shown.scope.value, shown.step.value = "this step", 2
     assert shown.prompt.options == () and "No group fits" in shown.view.value
     shown.step.value = 1
     assert "two red squares" in shown.view.value
+    again = Inspector(run.dir)                                           # whoever comes later is told, and not shown it
+    assert again.step.options == (1, 3) and "step-000002.parquet is not whole" in again.message.value
+
+
+def test_a_long_run_is_opened_without_a_look_into_its_old_tables(run):
+    for s in range(4, 15): (run.dir / "groups" / f"step-{s:06d}.parquet").write_bytes(b"")
+    assert LoggedRun(run.dir).steps == [1, 2, 3, 4, 5, 6]               # the last eight are checked
+
+
+# ---- following ----
+
+def test_what_is_whole(tmp_path):
+    data = (make(tmp_path / "r", steps=(1,)) / "groups" / "step-000001.parquet").read_bytes()
+    for n in (0, 3, 4, 8, 12, len(data) // 2, len(data) - 1, len(data)):
+        (tmp_path / "x").write_bytes(data[:n])
+        assert is_whole(tmp_path / "x") == (n == len(data))
+    (tmp_path / "x").write_bytes(data[:4] + data[-8:])                    # an end without its middle
+    assert not is_whole(tmp_path / "x")
+    (tmp_path / "x").write_bytes(data + bytes(100))                      # room that was set aside, not yet filled
+    assert not is_whole(tmp_path / "x") and not is_whole(tmp_path / "gone")
+
+
+def test_refresh_takes_up_what_is_whole_and_rereads_nothing(run, monkeypatch):
+    import unify_rl.inspect.groups as groups
+    seen, read = [], groups.read_rows
+    monkeypatch.setattr(groups, "read_rows", lambda folder, step, *columns: seen.append(step) or read(folder, step, *columns))
+    overview(run), run.rows(3), run.rows(2)
+    log = RunLog(run.dir, resume=True)
+    log.log_groups(4, rows_of(2), [picture(1)] * 4)
+    four = run.dir / "groups" / "step-000004.parquet"
+    data = four.read_bytes()
+    seen.clear()
+    for part, new in (data[:900], 0), (data[:-2], 0), (data, 1), (data, 0):
+        four.write_bytes(part)
+        assert run.refresh() == new and overview(run)[-1]["step"] == 3 + (part == data)
+        assert (4 in run.problems) == (part != data)
+    assert set(seen) == {4}
+    log.log_groups(3, rows_of(1))                                          # written again, and somebody looks at it
+    assert run.refresh() == 1 and run.refresh() == 0 and run.rows(3)[0]["raw_tidy"] == .2
+    log.truncate(2)
+    assert run.refresh() == 0 and run.steps == [1, 2]
+    log.log_groups(3, rows_of(2))
+    assert run.refresh() == 1 and not run.facts(3)[0]["dead"]
+
+
+def test_following_keeps_what_was_chosen(run):
+    shown = Inspector(run.dir)
+    log = RunLog(run.dir, resume=True)
+    shown.step.value = 2
+    shown.prompt.value, shown.weights["tidy"].value, shown.at.value = (2, 1), 2.0, 2
+    seen = shown.view.value
+    log.log_groups(4, rows_of(2) + rows_of(2, 1))
+    assert shown.tick() and shown.step.options == (1, 2, 3, 4) and "4 steps, 1 new" in shown.news.value
+    assert (shown.step.value, shown.prompt.value, shown.at.value, shown.view.value) == (2, (2, 1), 2, seen)
+    shown.step.value = 4
+    assert (shown.prompt.value, shown.at.value, shown.weights["tidy"].value) == ((4, 1), 2, 2.0)
+    log.log_groups(5, rows_of(1, 7) + rows_of(1, 9, "p1"))                # the same prompt stands elsewhere
+    shown.tick()
+    assert shown.step.value == 5 and shown.prompt.value == (5, 9) and shown.weights["tidy"].value == 2.0
+    log.truncate(2)                                                         # the step that is shown is gone
+    shown.tick()
+    assert shown.step.options == (1, 2) and shown.step.value == 2
+    (run.dir / "summary.json").write_text("{}")
+    assert not shown.tick() and "The run has ended" in shown.news.value
+    log.log_groups(3, rows_of(3))                                           # no: it was resumed
+    assert shown.tick() and shown.step.value == 3
+
+
+def test_following_by_a_task_and_its_end(run, tmp_path):
+    import asyncio
+    import shutil
+
+    async def until(true):
+        for _ in range(1000):
+            if true(): return True
+            await asyncio.sleep(.005)
+
+    async def go():
+        shown = Inspector(run.dir, every=.005)
+        shown.follow.value = True
+        log = RunLog(run.dir, resume=True)
+        log.log_groups(4, rows_of(2))
+        assert await until(lambda: shown.step.value == 4) and "step 4" in shown.view.value
+        task = shown.task_of_follow
+        shown.follow.value = False
+        await asyncio.sleep(.02)
+        assert task.cancelled() and shown.task_of_follow is None
+        log.log_groups(5, rows_of(2))
+        await asyncio.sleep(.03)
+        assert shown.step.value == 4                                       # nobody looks
+        shown.follow.value = True
+        assert await until(lambda: shown.step.value == 5)
+        task = shown.task_of_follow
+        shown.box.close()
+        await asyncio.sleep(.02)
+        assert task.cancelled() and not shown.follow.value
+        other = Inspector(run.dir, every=.005)
+        other.follow.value = True
+        shutil.rmtree(run.dir)
+        assert await until(lambda: not other.follow.value) and "no run folder" in other.news.value
+    asyncio.run(go())
+
+
+def test_without_an_event_loop_nothing_is_followed(run):
+    shown = Inspector(run.dir)
+    shown.follow.value = True
+    assert "look again" in shown.news.value and shown.task_of_follow is None
 
 
 def test_a_run_without_pictures_and_one_without_groups(tmp_path):
@@ -253,6 +362,40 @@ def test_a_flow_shows_its_frames_and_steps(tmp_path):
     assert moments(rows[0]) == 2 and layers_for(run, rows, "order")[0] == [None] * 4
 
 
+def bare(html): return re.sub(r' title="[^"]*"', "", html)
+
+
+def flowing(folder, **more):
+    log = RunLog(folder)
+    flow = dict(order_path=[0, 1, 2, 3], time_path=[1., .9, .8, .4], std_path=[0., .5, .4, 0.], logp_path=[math.nan, -.7, -.6, math.nan],
+                time_image=[.9, .8], std_image=[.5, .4], logp_image=[-.7, -.6], ratio_image=[1.0, 1.25]) | more
+    rows = [{k: v for k, v in (r | flow).items() if v is not None} for r in rows_of(2)]
+    log.log_groups(1, rows, [picture(0)] * 4, [None] * 4, [np.zeros((24, 24 * 4, 3), np.uint8)] * 4)
+    return LoggedRun(log.dir)
+
+
+def test_a_flow_shows_all_of_its_steps(tmp_path):
+    run = flowing(tmp_path / "r")
+    rows = run.group(1, 0)
+    assert [moments(r) for r in rows] == [4] * 4
+    for at in range(4): assert group_view(run, rows, at=at).count(f"{at / 3 * 100:.3f}% 0/400% 100%") == 4
+    assert 'class="frame"' not in group_view(run, rows, at=4)
+    table = bare(path_html(rows[0], 2))
+    assert "<tr class=\"now\"><td>3</td><td>0.80</td><td>0.400</td><td>-0.60</td><td>1.250</td></tr>" in table
+    assert "<tr><td>4</td><td>0.40</td><td>0.000</td><td>–</td><td>–</td></tr>" in table
+    assert "2 with noise" in group_view(run, rows) and "draws" not in group_view(run, rows)
+    shown = Inspector(run.dir)
+    shown.at.value = 1
+    assert shown.at.max == 4 and shown.view.value.count('class="frame"') == 4
+
+
+def test_an_ode_says_that_its_steps_have_no_log_probability(tmp_path):
+    run = flowing(tmp_path / "r", std_path=[0.] * 4, logp_path=[math.nan] * 4, std_image=None, time_image=[.7, .2])
+    view = bare(group_view(run, run.group(1, 0), at=0))
+    assert view.count('class="frame"') == 4 and "no step has a log-prob" in view and "<th>−loss</th>" in view and "log p<" not in view
+    assert "<tr class=\"now\"><td>1</td><td>1.00</td><td>0.000</td></tr>" in view
+
+
 def test_a_film_strip_follows_a_prompt_or_its_category(run):
     assert [f["step"] for f in follow(run, run.group(1, 0)[0])[0]] == [1, 2, 3] and "3 steps of this prompt" in strip(run, run.group(1, 0))
     facts, what = follow(run, run.group(1, 1)[0])
@@ -265,6 +408,20 @@ def test_twins_in_two_runs(run, tmp_path):
     both = twin(run, run.group(1, 0), other, 2)
     assert both.count('class="side"') == 2 and "other, step 2" in both
     assert "It is there in step 1" in twin(run, run.group(1, 1), run, 2) or "logged in no other step" in twin(run, run.group(1, 1), run, 2)
+
+
+def test_a_twin_keeps_its_own_settings(run, tmp_path):
+    other = make(tmp_path / "other", steps=(2,))
+    known = yaml.safe_load((other / "config.yaml").read_text())
+    known["rewards"][1]["weight"] = 0.1
+    (other / "config.yaml").write_text(yaml.safe_dump(known))
+    rows, other = run.group(2, 0), LoggedRun(other)
+    ours, theirs = logged_settings(run, rows), logged_settings(other, other.group(2, 0))
+    assert carried_over(ours, ours, theirs) == theirs
+    moved = carried_over(Settings(dict(constraints=2.0, tidy=.5), eps=.1), ours, theirs)
+    assert moved.weights == dict(constraints=2.0, tidy=.1) and moved.eps == .1
+    both = twin(run, rows, other, 2, ours)
+    assert "λ 0.5" in both and "λ 0.1" in both
 
 
 def test_detector_grounding_match_and_captions(tmp_path):
@@ -312,6 +469,45 @@ def test_moving_widgets(run):
     assert "50.0%" in before and "25.0%" in shown.view.value
     shown.clip_low.value = shown.clip_high.value = 1.0
     assert shown.settings.clip_low == shown.settings.clip_high == math.inf and "25.0%" not in shown.view.value
+
+
+def test_the_pair_weight_goes_with_its_group(tmp_path):
+    log = RunLog(tmp_path / "r")
+    log.log_groups(1, rows_of(2) + [r | dict(weight=4.5, advantage=4.5 * r["advantage"]) for r in rows_of(2, 1)])
+    shown = Inspector(log.dir)
+    shown.prompt.value = (1, 1)
+    assert shown.pair.value == 4.5 and shown.settings.pair is None and "pair weight 4.500" in shown.view.value and " was " not in shown.view.value
+    shown.pair.value = 2.0                                                 # moved by hand: it stays
+    shown.prompt.value = (1, 0)
+    assert shown.settings.pair == 2.0 and "pair weight 2.000" in shown.view.value
+    shown.reset.click()
+    assert shown.settings.pair is None
+
+
+def test_sorting_by_one_reward(run):
+    shown = Inspector(run.dir)
+    shown.scope.value = "all steps"
+    assert shown.sort.options[-2:] == ("constraints", "tidy")
+    shown.sort.value, shown.down.value = "tidy", True
+    assert [v[0] for _, v in shown.prompt.options] == [1, 1, 2, 2, 3, 3]      # means .6, .525, .5
+    shown.low.value = ".51"
+    assert {v[0] for _, v in shown.prompt.options} == {1, 2}
+
+
+def test_another_run_is_opened_once(run, tmp_path, monkeypatch):
+    import unify_rl.inspect.panel as panel
+    make(tmp_path / "other", steps=(2,))
+    opened, real = [], panel.LoggedRun
+    monkeypatch.setattr(panel, "LoggedRun", lambda folder: opened.append(folder) or real(folder))
+    shown = Inspector(run.dir)
+    shown.step.value, shown.mode.value = 2, "compare"
+    shown.other_step.value, shown.other.value = 2, "../other"
+    assert shown.view.value.count('class="side"') == 2
+    shown.weights["tidy"].value = 2.0
+    assert shown.view.value.count("Changes sides") == 2 and len(opened) == 2
+    RunLog(tmp_path / "other", resume=True).log_groups(9, rows_of(2))
+    shown.other_step.value = 9                                              # it goes on, too
+    assert shown.view.value.count('class="side"') == 2 and "other, step 9" in shown.view.value
 
 
 def test_choosing_with_widgets(run):
@@ -371,7 +567,7 @@ def test_the_lab_is_started_on_the_notebook(run, monkeypatch):
 
 def test_looking_needs_no_training_code(run):
     code = """import sys
-from unify_rl.inspect.groups import Inspector
+from unify_rl.inspect.panel import Inspector
 shown = Inspector(sys.argv[1])
 assert "two red squares" in shown.view.value
 heavy = ("transformers", "accelerate", "deepspeed", "diffusers", "peft", "torch", "pandas", "matplotlib")

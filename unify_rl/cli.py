@@ -341,7 +341,7 @@ def merge(args) -> None:
 
 def inspect(args) -> int:
     "`unify_rl inspect`"
-    from unify_rl.inspect.groups import open_lab, write_groups
+    from unify_rl.inspect.panel import open_lab, write_groups
     if not args.html: return open_lab(args.run_dir, [*["--no-browser"] * args.no_browser, *[f"--port={args.port}"] * bool(args.port)])
     print(write_groups(args.run_dir, args.html))
     return 0

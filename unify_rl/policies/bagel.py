@@ -34,8 +34,8 @@ __all__ = ['VAE_NAMES', 'LLM_KEYS', 'VIT_KEYS', 'FILES', 'SPECIALS', 'THINK', 'R
            'FULL', 'NO_TEXT', 'NO_IMAGE', 'TEXT', 'VIT', 'VAE', 'patchify', 'unpatchify', 'places', 'sincos_table',
            'SiglipLayer', 'SiglipTower', 'Bagel', 'vae_name', 'vae_state', 'new_vae', 'vae_sizes', 'read_config',
            'check_vae', 'build', 'open_folder', 'bagel_shapes', 'qwen_words', 'new_bagel', 'Guidance', 'guide_velocity',
-           'Drawing', 'Estimator', 'save_subspace', 'read_subspace', 'basis_of', 'layout', 'GroupDecoder',
-           'BagelPolicy']
+           'Drawing', 'Estimator', 'save_subspace', 'read_subspace', 'basis_of', 'layout', 'GroupDecoder', 'kept_steps',
+           'Witness', 'BagelPolicy']
 
 # %% ../../nbs/22_policies.bagel.ipynb #patch
 def patchify(x: Tensor, p: int) -> Tensor:
@@ -424,6 +424,36 @@ class GroupDecoder:
         self.t += 1
         return out
 
+# %% ../../nbs/22_policies.bagel.ipynb #watch
+def kept_steps(
+    steps: int,             # of the sampler
+    window: tuple,          # numbers of the stochastic ones
+    most: int,
+) -> list[int]:
+    "Numbers of at most `most` steps whose start is kept: those of the window, and others evenly."
+    if most >= steps: return list(range(steps))
+    rest, free = [i for i in range(steps) if i not in window], max(most - len(window), 0)
+    return sorted([*window, *(rest[i] for i in np.linspace(0, len(rest) - 1, free).round().astype(int))])[:most]
+
+class Witness:
+    "Keeps, on the CPU, the states of a few rows while they are drawn."
+    def __init__(self, spots: list, steps: list):
+        self.spots, self.steps, self.states, self.seen = spots, steps, [], 0
+
+    def over(self, velocity: Callable, share: int = 1) -> Callable:
+        "The velocity, overheard; `share` rows that will part later are still one."
+        if not self.spots: return velocity
+        at = [i // share for i in self.spots]
+        def v(x, t):
+            if self.seen in self.steps: self.states.append(x[at].float().cpu())
+            self.seen += 1
+            return velocity(x, t)
+        return v
+
+    def of(self, rows: Tensor) -> dict:
+        "Row of the rollout -> [F, L, C]."
+        return {int(rows[i]): x for i, x in zip(self.spots, torch.stack(self.states, 1))}
+
 # %% ../../nbs/22_policies.bagel.ipynb #policy
 class BagelPolicy(Policy):
     "BAGEL: answers, pictures, edits, and thoughts before pictures."
@@ -763,6 +793,14 @@ class BagelPolicy(Policy):
         found = [self.sample(prompts[i:i + 16], group_size, generator_for(seed, "subspace", i), estimator="forward", draws=1).parts[0].actions[:, 0].cpu() for i in range(0, len(prompts), 16)]
         return principal_directions(torch.cat(found), rank)
 
+    def _witness(self, rows: Tensor, steps: int, window: tuple, grid: tuple) -> Witness:
+        "Of the rows that are watched, as many and as many of their steps as their share of the pixels allows; eight steps are better than more rows."
+        watched, pixels = self.watch
+        spots, frame = [i for i, b in enumerate(rows.tolist()) if b in set(watched)], math.prod(grid) * self.unit**2
+        frames = pixels * len(spots) // (max(len(watched), 1) * frame)
+        each = min(steps, frames, max(8, frames // max(len(spots), 1)))
+        return Witness(spots[:frames // each] if each else [], kept_steps(steps, window, each))
+
     def _draw_context(self, prompts: list, look: dict, thoughts: list | None, G: int) -> tuple[dict, Tensor]:
         "Contexts for drawing and which one each row uses: one a prompt, or one a row if rows have thoughts."
         n = len(prompts)
@@ -782,16 +820,18 @@ class BagelPolicy(Policy):
         noises = output_generators(out.prompts, which, G, seed)
         noise = normal_like(torch.empty(len(rows), math.prod(grid), self.net.vae2llm.in_features, device=self.device), noises)
         times, ahead = flow["times"], window[0] if d.same_start and thoughts is None else 0
-        if ahead: noise = sample_flow(self.velocity(context, index[::G], grid, cfg, guidance), noise[::G], times[:ahead + 1]).final      # once a group
+        witness = self._witness(rows, d.steps, window, grid)
+        if ahead: noise = sample_flow(witness.over(self.velocity(context, index[::G], grid, cfg, guidance), G), noise[::G], times[:ahead + 1]).final      # once a group
         elif d.same_start: noise = noise[::G]
         if d.same_start: noise = noise.repeat_interleave(G, 0)
-        s = sample_flow(self.velocity(context, index, grid, cfg, guidance), noise, generator=noises, basis=basis_of(d.subspace, *noise.shape[1:]),
+        s = sample_flow(witness.over(self.velocity(context, index, grid, cfg, guidance)), noise, generator=noises, basis=basis_of(d.subspace, *noise.shape[1:]),
                         **flow | dict(times=times[ahead:], window=[i - ahead for i in window]))
         for b, im in zip(rows.tolist(), self.pictures(s.final, grid)): out.images[b] = im
         actions = e.actions(s, d)
         if actions is None: return
         scored = cfg if logp == "guided" else 1.0
         settings = flow | dict(estimator=d.estimator, grid=grid, cfg=scored, guidance=asdict(guidance), seed=seed, group_size=G, draw_shift=d.draw_shift, subspace=d.subspace)
+        if witness.spots: settings["path"] = dict(steps=witness.steps, states=witness.of(rows))
         part = Part("image", rows, actions, torch.ones(actions.shape[:2], dtype=torch.bool, device=self.device), context, index, settings=settings,
                     targets=dict(draw=group_numbers(out.prompts, which, G).to(self.device)))
         part.logp_old = s.logp if window and scored == cfg else None        # or nothing was recorded: the first update computes it anyway

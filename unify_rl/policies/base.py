@@ -38,6 +38,7 @@ class Policy(nn.Module):
     helpers: tuple = ()                # modules beside the model that train with it and are not saved with it
     remat: bool = False                # recompute activations in the backward pass
     logp_chunk: int = 4096             # tokens whose logits exist at one time
+    watch: tuple = ((), 0)             # rows of the next rollout whose making is kept for the log, and how many pixels of it
 
     def sample(self, prompts: list[Prompt], group_size: int, generator: torch.Generator | None = None, *, temperature: float = 1.0,
                top_p: float = 1.0, cfg: float = 1.0, logp: str = "conditional", max_text: int = 64, **drawing) -> Rollout:

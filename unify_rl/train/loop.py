@@ -108,7 +108,9 @@ class Trainer:
         prompts, extra = self._prompts()
         generator = generator_for(cfg.seed, "rollout", self.done, device=self.policy.device.type)
         with phase(clock, "sample"), engine.whole() as policy, engine.autocast():
+            policy.watch = (self._logged(len(prompts) - extra, cfg.rollout.group_size), PATH_PIXELS) if self._keeps(self.done + 1) else ((), 0)
             rollout = dict(sampled=self._sample, given=self._given)[cfg.rollout.outputs](policy, prompts, generator)
+            policy.watch = (), 0
             if cfg.objective.further: policy.prepare(rollout)
             if len({b for p in rollout.parts for b in p.rows.tolist()}) < len(rollout):
                 raise UserError(f"{self.policy.name} kept no actions of some outputs, so there is nothing to learn from; "
@@ -132,6 +134,11 @@ class Trainer:
         "Are the groups of this step kept, and by this process?"
         every = self.cfg.log.groups_every
         return self.engine.main and bool(every) and (step == 1 or step % every == 0)
+
+    def _logged(self, N: int, G: int) -> list[int]:
+        "The samples of a rollout of N prompts, G each, whose groups are kept."
+        chosen = torch.linspace(0, N - 1, min(self.cfg.log.groups_max, N)).round().unique()
+        return [int(n) * G + g for n in chosen for g in range(G)]
 
     def _prompts(self) -> tuple[list, int]:
         "This process's prompts of the step, and how many at the end are there only to keep the others company."
@@ -263,11 +270,10 @@ class Trainer:
 
     def _log_groups(self, rollout, table, adv: Advantages, rows: dict, newest: dict, extra: int) -> None:
         G, N = rollout.group_size, len(rollout.prompts) - extra
-        chosen = [int(i) for i in torch.linspace(0, N - 1, min(self.cfg.log.groups_max, N)).round().unique()]
         tokenizer, picture, left = getattr(self.policy, "tokenizer", None), getattr(self.policy, "pictures", None) if self.engine.zero < 3 else None, PATH_PIXELS
         words = lambda ids: tokenizer.batch_decode([[i] for i in ids]) if tokenizer else [str(i) for i in ids]
         out, images, sources, frames = [], [], [], []
-        for b in (n * G + g for n in chosen for g in range(G)):
+        for b in self._logged(N, G):
             n, p = b // G, rollout.prompt(b)
             row = dict(prompt_index=n, sample=b % G, prompt_id=p.id, task=p.task, category=p.category, prompt=p.text, answer=p.answer, text=rollout.texts[b],
                        phrases=list(p.key_phrases),

@@ -80,7 +80,7 @@ COLUMNS = dict(     # of a groups table, with their types
     reward="float64", group_mean="float64", group_std="float64", advantage="float64", weight="float64",
     valid="bool", dead="bool", clip_fraction="float64", kl="float64", tokens="strings")
 FAMILIES = dict(raw_="float64", weighted_="float64", reason_="string",      # + the reward's name
-                logp_="floats", ratio_="floats", order_="ints", time_="floats", std_="floats")      # + 'text' or 'image'
+                logp_="floats", ratio_="floats", order_="ints", time_="floats", std_="floats")      # + 'text' or 'image'; 'path': all steps of a flow
 
 def groups_table(rows: list[dict]):
     "The rows as a pyarrow table with fixed column types."
@@ -194,7 +194,7 @@ def action_columns(
     for part in parts:
         at = (part.rows == b).nonzero()
         if not len(at): continue
-        for name, values in _of_part(part, int(at[0, 0]), newest.get((id(part), b)), decode).items():
+        for name, values in (_of_part(part, int(at[0, 0]), newest.get((id(part), b)), decode) | _of_path(part, int(at[0, 0]), b)).items():
             if values is not None: out[name] = out.get(name, []) + values
     return out
 
@@ -210,6 +210,16 @@ def _of_part(part, i: int, new, decode) -> dict:
     known = lambda x: None if x is None else _list(_mean_of_draws(x, mask, len(actions))[keep])
     tokens = {"tokens": decode(actions[keep].tolist())} if k == "text" else {}
     return {f"logp_{k}": known(old), f"ratio_{k}": known(ratio), f"order_{k}": None if order is None else order[keep].tolist()} | tokens
+
+def _of_path(part, i: int, b: int) -> dict:
+    "Number, time, standard deviation and log-probability of the steps of a flow whose states were kept; a step without noise has 0 and NaN."
+    path, s = part.settings.get("path"), part.settings
+    if not path or b not in path["states"]: return {}
+    steps, old = path["steps"], part.logp_old[i].tolist() if part.logp_old is not None and part.logp_old[i].any() else ()
+    noisy = _noisy_steps(s)["std"] if s["window"] else []
+    std, logp = dict(zip(s["window"], noisy)), dict(zip(s["window"], old))
+    return dict(order_path=list(steps), time_path=[float(s["times"][k]) for k in steps], std_path=[std.get(k, 0.0) for k in steps],
+                logp_path=[logp.get(k, math.nan) for k in steps])
 
 def _list(x): return None if x is None else x.tolist()
 
@@ -241,18 +251,21 @@ def path_frames(
     picture: np.ndarray | None, # its picture, for the size of a frame
     decode: Callable | None,    # (latents [n, L, C], grid) -> pictures; None: the policy has none
     pixels: int,                # what may still be decoded
-) -> np.ndarray | None:         # [H, (T+1)·W, 3]: the states before and after each noisy step, side by side
+) -> np.ndarray | None:         # [H, F·W, 3]: states of the flow, side by side
     "How a flow's picture came about."
     for part in parts:
-        at = (part.rows == b).nonzero()
-        if not len(at) or not part.settings.get("window") or decode is None or picture is None: continue
-        path = part.actions[int(at[0, 0])]                                      # [T, 2, L, C]
-        if (len(path) + 1) * picture[..., 0].size <= pixels: return np.concatenate(decode(_states(path), part.settings["grid"]), 1)
+        states = None if decode is None or picture is None else _states(part, b)
+        if states is not None and len(states) * picture[..., 0].size <= pixels: return np.concatenate(decode(states.to(part.actions.device), part.settings["grid"]), 1)
     return None
 
-def _states(path):
-    "[T+1, L, C]: the state before the first step, and after each."
+def _states(part, b: int):
+    "[F, L, C] of a sample: before each step that was kept; or, of a policy that kept none, before the first noisy step and after each."
     import torch
+    at = (part.rows == b).nonzero()
+    if not len(at): return None
+    kept = part.settings.get("path", {}).get("states", {}).get(b)
+    if kept is not None or not part.settings.get("window"): return kept
+    path = part.actions[int(at[0, 0])]                                      # [T, 2, L, C]
     return torch.cat([path[:1, 0], path[:, 1]])
 
 # %% ../../nbs/51_train.runlog.ipynb #runlog
