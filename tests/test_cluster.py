@@ -94,17 +94,24 @@ def test_a_rehearsal_without_numbers_is_one_with_numbers(policy, more):
 
 
 def measured(trainer):
-    "Peaks of a real step's rollout and update, and how long the outputs were."
-    seen, sample, update = {}, trainer._sample, trainer._update
+    "Peaks of a real step's rollout and update (up to the optimizer's step, which the plan counts as a phase of its own), and how long the outputs were."
+    seen, sample, update, step, now = {}, trainer._sample, trainer._update, trainer._step, []
     there = [*trainer.policy.parameters(), *trainer.policy.buffers()]
     def watch(name, f):
         def run(*args):
-            with Live(there) as live: out = f(*args)
-            seen[name] = live.peak
+            with Live(there) as live:
+                now.append(live)
+                out = f(*args)
+            seen.setdefault(name, live.peak)
             if name == "sample": seen["length"] = max(p.actions.shape[1] for p in out.parts)
             return out
         return run
     trainer._sample, trainer._update = watch("sample", sample), watch("update", update)
+    def stepped(passes):
+        seen.setdefault("update", now[-1].peak)
+        seen["gradients"] = nbytes(w.grad for w in trainer.engine.trained.values() if w.grad is not None)       # an answer leaves the experts that draw without one
+        return step(passes)
+    trainer._step = stepped
     trainer.step()
     return seen
 
@@ -116,7 +123,7 @@ def test_a_real_step_needs_what_was_planned(policy, task, tmp_path):
     seen = measured(trainer)
     said = lambda cfg, *of: max(v for k, v in count(sizes(policy), cfg, {task: 4}, words=11).stages.items() if k.startswith(of))
     shorter = [f"rollout.max_text={seen['length']}"] if task == "answer" and policy != "tiny-dimoo" else []
-    update = said(apply_overrides(trainer.cfg, shorter), "update") + nbytes(trainer.engine.trained.values())
+    update = said(apply_overrides(trainer.cfg, shorter), "update") + seen["gradients"]
     rollout = said(trainer.cfg, "sample", "decode")
     print(policy, task, f"update {update / seen['update'] - 1:+.1%}, rollout {rollout / seen['sample'] - 1:+.1%}")
     assert abs(update / seen["update"] - 1) < 0.15, (update, seen)
@@ -414,7 +421,9 @@ def metrics(folder): return [{k: v for k, v in json.loads(line).items() if not k
 
 @pytest.mark.slow
 def test_one_process_started_is_one_process(tmp_path, monkeypatch):
-    "The launcher's run and the command's have the same numbers; a stopped one saves, says so, and continues."
+    "The launcher's run, the command's and a notebook's have the same numbers; a stopped one saves, says so, and continues."
+    import nbformat
+    from nbclient import NotebookClient
     from unify_rl.cli import main
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("PYTHONPATH", str(Path(doctor.__file__).parents[1]))
@@ -422,6 +431,9 @@ def test_one_process_started_is_one_process(tmp_path, monkeypatch):
     assert launch(job(tmp_path, *settings, gpus=0, processes=1)) == 0
     assert main(["train", "grpo", *settings, f"run_dir={tmp_path}/other", "--quiet"]) == 0
     assert metrics(tmp_path/"run") == metrics(tmp_path/"other")
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(f"from unify_rl.run import train\ntrain('grpo', overrides={[*settings, f'run_dir={tmp_path}/cell']!r})")])
+    NotebookClient(nb, timeout=120, kernel_name="python3").execute()
+    assert "step 3/3" in json.dumps(nb.cells[0].outputs) and metrics(tmp_path/"cell") == metrics(tmp_path/"run")
     long = ["steps=2000", *settings[1:], f"run_dir={tmp_path}/long"]
     code = f"import sys; from unify_rl.train.launch import Job, launch; sys.exit(launch(Job('grpo', 'tiny-janus', gpus=0, processes=1, settings={long!r})))"
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
