@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from distributed_worker import lighten
 
 from unify_rl.core import Prompt
 from unify_rl.data.pairs import PairSettings, build_pairs
@@ -51,6 +52,14 @@ def same(a: Path, b: Path, tolerance: float = 2e-5) -> None:
     for x, y in zip(numbers(a), numbers(b), strict=True):
         assert x.keys() == y.keys()
         for k, v in x.items(): assert y[k] == (v if v is None or isinstance(v, (str, list)) else pytest.approx(v, rel=tolerance, abs=tolerance)), (k, x["step"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def light():
+    "As the worker's processes do."
+    with pytest.MonkeyPatch.context() as patch:
+        lighten(patch.setattr)
+        yield
 
 
 @pytest.fixture(scope="module")
