@@ -175,7 +175,7 @@ def test_zero_divides():
     assert sum(alone.values()) == 8 * n + 12 * n
     cut = states(2 * n, n, Layout(N, fsdp=True), True, half=True, largest=1000, rest=5000)
     assert (cut["weights"], cut["gradients"], cut["optimizer"], cut["reference"]) == (n, n // 2, n, n)             # fp32 pieces, which are their own masters
-    assert (cut["gathered"], cut["buckets"], cut["gathered to sample"]) == (4 * 5000 + 2 * 1000, 4 * 1000, 4 * 5000 + 2 * (2 * n - 5000))
+    assert (cut["gathered"], cut["buckets"], cut["gathered to sample"]) == (4 * 5000 + 2 * 1000, 4 * 1000, 8 * n)
 
 
 def test_fsdp_is_planned_like_zero_3():

@@ -384,15 +384,13 @@ class FsdpEngine(Engine):
         mesh = init_device_mesh(self.device.type, (self.ranks,))
         for net in (self.policy, frozen):
             if net is not None: _cut(net, mesh, fsdp_config(self.precision))
-        self._rounded = {id(p) for unit in linear_units(self.policy) for p in unit.parameters()} if self.precision == "bf16" else set()
         self.trained = {n: p for n, p in self.policy.named_parameters() if p.requires_grad}
         optimizer.param_groups[0]["params"] = list(self.trained.values())          # the pieces
         self.optimizer = optimizer
 
     @contextlib.contextmanager
     def whole(self):
-        gathered = lambda p: (p.to(torch.bfloat16) if id(p) in self._rounded else p).full_tensor()       # as they compute
-        with _filled(self._copy, self.policy, gathered) as policy: yield policy
+        with _filled(self._copy, self.policy, lambda p: p.full_tensor()) as policy: yield policy
 
     def backward(self, loss): (loss * self.ranks).backward()
 

@@ -448,9 +448,9 @@ class Layout:
 
 def _fsdp_states(params: int, trained: int, gpus: int, reference: bool, half: bool, largest: int, rest: int) -> dict[str, int]:
     "Bytes of one process with FSDP."
-    part, W = lambda n: -(-n // gpus), 2 if half else 4
+    part = lambda n: -(-n // gpus)
     return {"weights": 4 * part(params), "gradients": 4 * part(trained), "optimizer": 8 * part(trained), "reference": 4 * part(params) if reference else 0,
-            "buckets": 4 * largest, "gathered": 4 * rest + W * largest, "gathered to sample": 4 * rest + W * (params - rest)}
+            "buckets": 4 * largest, "gathered": 4 * rest + (2 if half else 4) * largest, "gathered to sample": 4 * params}
 
 def states(params: int, trained: int, lay: Layout, reference: bool, half: bool = False, largest: int = 0, rest: int = 0) -> dict[str, int]:
     "Bytes of one process that stay, and the room to work in; `half`: model.precision is bf16 or fp16, which ZeRO keeps its weights in; `largest`, `rest`: see `Counted`."
@@ -551,7 +551,7 @@ def plan(
     stay = {"weights": s["weights"], "optimizer": s["optimizer"], "reference": s["reference"], "reward models": gpu}
     most = lambda *starts: max([v for k, v in c.stages.items() if k.startswith(starts)], default=0)
     kept = {"rollout": c.stages["kept"]}
-    phases = {"sample": stay | {"gathered": s["gathered to sample"], "caches, logits, pictures": max(most("sample", "decode") - copies, 0)},
+    phases = {"sample": stay | {"gathered": s["gathered to sample"], "caches, logits, pictures": max(most("sample", "decode") - copies * (not layout.fsdp), 0)},
               "score": stay | kept,
               "reference": stay | kept | {"gathered": s["gathered"], "activations, logits": max(most("reference") - c.stages["kept"] - copies, 0)},
               "update": stay | kept | {"gathered": s["gathered"], "gradients": s["gradients"], "buckets": s["buckets"], "activations, logits": max(most("update") - c.stages["kept"] - copies, 0)},
