@@ -94,17 +94,24 @@ def test_a_rehearsal_without_numbers_is_one_with_numbers(policy, more):
 
 
 def measured(trainer):
-    "Peaks of a real step's rollout and update, and how long the outputs were."
-    seen, sample, update = {}, trainer._sample, trainer._update
+    "Peaks of a real step's rollout and update (up to the optimizer's step, which the plan counts as a phase of its own), and how long the outputs were."
+    seen, sample, update, step, now = {}, trainer._sample, trainer._update, trainer._step, []
     there = [*trainer.policy.parameters(), *trainer.policy.buffers()]
     def watch(name, f):
         def run(*args):
-            with Live(there) as live: out = f(*args)
-            seen[name] = live.peak
+            with Live(there) as live:
+                now.append(live)
+                out = f(*args)
+            seen.setdefault(name, live.peak)
             if name == "sample": seen["length"] = max(p.actions.shape[1] for p in out.parts)
             return out
         return run
     trainer._sample, trainer._update = watch("sample", sample), watch("update", update)
+    def stepped(passes):
+        seen.setdefault("update", now[-1].peak)
+        seen["gradients"] = nbytes(w.grad for w in trainer.engine.trained.values() if w.grad is not None)       # an answer leaves the experts that draw without one
+        return step(passes)
+    trainer._step = stepped
     trainer.step()
     return seen
 
@@ -116,7 +123,7 @@ def test_a_real_step_needs_what_was_planned(policy, task, tmp_path):
     seen = measured(trainer)
     said = lambda cfg, *of: max(v for k, v in count(sizes(policy), cfg, {task: 4}, words=11).stages.items() if k.startswith(of))
     shorter = [f"rollout.max_text={seen['length']}"] if task == "answer" and policy != "tiny-dimoo" else []
-    update = said(apply_overrides(trainer.cfg, shorter), "update") + nbytes(trainer.engine.trained.values())
+    update = said(apply_overrides(trainer.cfg, shorter), "update") + seen["gradients"]
     rollout = said(trainer.cfg, "sample", "decode")
     print(policy, task, f"update {update / seen['update'] - 1:+.1%}, rollout {rollout / seen['sample'] - 1:+.1%}")
     assert abs(update / seen["update"] - 1) < 0.15, (update, seen)
@@ -166,6 +173,19 @@ def test_zero_divides():
     assert off["weights"] == off["optimizer"] == 0 and states(2 * n, n, Layout(N, 2, "optimizer"), False)["weights"] == 8 * n
     alone = states(2 * n, n, Layout(1), False)
     assert sum(alone.values()) == 8 * n + 12 * n
+    cut = states(2 * n, n, Layout(N, fsdp=True), True, half=True, largest=1000, rest=5000)
+    assert (cut["weights"], cut["gradients"], cut["optimizer"], cut["reference"]) == (n, n // 2, n, n)             # fp32 pieces, which are their own masters
+    assert (cut["gathered"], cut["buckets"], cut["gathered to sample"]) == (4 * 5000 + 2 * 1000, 4 * 1000, 8 * n)
+
+
+def test_fsdp_is_planned_like_zero_3():
+    "Less than data parallel needs, about what ZeRO 3 does; what is outside of the layers is gathered as a whole."
+    plans = {lay: planner.plan(config("tiny-janus"), 2**30, lay, 12) for lay in (Layout(4), Layout(4, 3), Layout(4, fsdp=True))}
+    ddp, zero, fsdp = plans.values()
+    assert fsdp.peak < ddp.peak and fsdp.phases["sample"]["weights"] == zero.phases["sample"]["weights"] and fsdp.phases["sample"]["optimizer"] < zero.phases["sample"]["optimizer"]
+    c = fsdp.counted
+    assert c.rest + load_policy("tiny-janus").janus.config.text_config.num_hidden_layers * c.largest == c.params and fsdp.phases["update"]["gathered"] == 4 * (c.rest + c.largest)
+    assert "FSDP" in str(plan_table(fsdp).columns[0].header) and plan_record(fsdp)["layout"]["fsdp"]
 
 
 @pytest.mark.parametrize("name, billions", [("deepseek-community/Janus-Pro-1B", 2.077), ("deepseek-community/Janus-Pro-7B", 7.408), ("ByteDance-Seed/BAGEL-7B-MoT", 14.659), ("Alpha-VLLM/Lumina-DiMOO", 8.229)])
@@ -216,7 +236,7 @@ def test_reward_models_are_named_and_placed():
 @pytest.mark.parametrize("kwargs, message", [
     (dict(recipe="lvrpro"), "unknown recipe 'lvrpro'. Did you mean 'lvrpo'"), (dict(policy="tiny-jan"), "Did you mean 'tiny-janus'"), (dict(policy="some/other"), "hf download some/other"),
     (dict(gpus="8 big ones"), "such as 8x80GB"), (dict(gpus="0x80GB"), "such as 8x80GB"), (dict(zero=4), "--zero is 4"), (dict(offload="optimizer"), "give --zero 1, 2 or 3"),
-    (dict(offload="params", zero=2), "ZeRO-3 only"), (dict(offload="disk", zero=2), "Known: none, optimizer, params"), (dict(words=0), "--words is 0"),
+    (dict(offload="params", zero=2), "ZeRO-3 only"), (dict(offload="disk", zero=2), "Known: none, optimizer, params"), (dict(words=0), "--words is 0"), (dict(fsdp=True, zero=3), "leave out --zero 3"), (dict(fsdp=True, offload="params"), "leave out --offload params"),
     (dict(gpus="3x80GB"), "must be a multiple of 3; the nearest is rollout.prompts=24"), (dict(overrides=["rollout.promts=8"]), "rollout.promts: unknown key"), (dict(recipe="corl", policy="tiny-janus"), "consists of stages")])
 def test_bad_plans(kwargs, message):
     with pytest.raises(UserError, match=re.escape(message)): plan_recipe(**(dict(recipe="grpo", policy="tiny-janus", overrides=["rollout.prompts=25"] if "3x" in kwargs.get("gpus", "") else []) | kwargs))
@@ -250,7 +270,7 @@ def dry(tmp_path, the_job, **kwargs):
     return "\n".join(said).replace(f"VENV-{sys.prefix if sys.prefix != sys.base_prefix else ''}}}", "VENV-}").replace(str(tmp_path), "/scratch").replace(os.getcwd(), "/home/me")
 
 
-@pytest.mark.parametrize("name", ["slurm", "hosts", "cpu"])
+@pytest.mark.parametrize("name", ["slurm", "hosts", "cpu", "fsdp"])
 def test_dry_runs_read_as_they_did(name, tmp_path):
     "Golden texts in tests/fixtures; UPDATE_GOLDEN=1 writes them anew, for a person to read."
     if name == "slurm": said = dry(tmp_path, job(tmp_path, recipe="lvrpo", policy="ByteDance-Seed/BAGEL-7B-MoT", gpus=8, nodes=4, zero=3), slurm=tmp_path/"job.sbatch", deepspeed_config=lambda cfg: {"zero_optimization": {"stage": 3}})
@@ -258,6 +278,7 @@ def test_dry_runs_read_as_they_did(name, tmp_path):
         (tmp_path/"hosts").write_text("node1 slots=8\nnode2 slots=8\n")
         said = dry(tmp_path, job(tmp_path, "rollout.prompts=32", gpus=8, nodes=2, zero=2, lora=16), hostfile=tmp_path/"hosts")
     if name == "cpu": said = dry(tmp_path, job(tmp_path, gpus=0, processes=2))
+    if name == "fsdp": said = dry(tmp_path, job(tmp_path, "rollout.prompts=32", "model.precision=bf16", gpus=8, nodes=2, fsdp=True), slurm=tmp_path/"job.sbatch")
     golden = HERE/"fixtures"/f"launch_{name}.txt"
     if os.environ.get("UPDATE_GOLDEN"): golden.write_text(said + "\n", encoding="utf-8")
     assert said + "\n" == golden.read_text(encoding="utf-8")
@@ -270,6 +291,7 @@ def test_dry_runs_read_as_they_did(name, tmp_path):
     (dict(gpus=8, nodes=4), ["rollout.prompts=20"], "for 32 processes it must be a multiple of 32; the nearest is rollout.prompts=32"),
     (dict(gpus=5), ["rollout.prompts=16"], "must be a multiple of 5; the nearest is rollout.prompts=15"),
     (dict(gpus=1), ["rollout.prompts=x"], "rollout.prompts: expected a whole number"), (dict(gpus=1), ["engine.zero=2"], "give --zero instead"),
+    (dict(gpus=1), ["engine.fsdp=true"], "give --fsdp instead"), (dict(gpus=2, zero=3, fsdp=True), [], "--fsdp and --zero 3: give one of the two"), (dict(gpus=2, fsdp=True), ["model.precision=fp16"], "fp32 or bf16"),
     (dict(recipe="pairuni", gpus=8), ["data.path=nowhere", "rollout.prompts=16"], "nowhere"), (dict(resume=True), [], "--resume: there is no run"), (dict(gpus=1, config_file="no.yaml"), [], "no.yaml")])
 def test_bad_jobs(kwargs, settings, message, tmp_path):
     with pytest.raises(UserError) as e: check_job(job(tmp_path, *settings, **kwargs))
@@ -321,6 +343,12 @@ def test_what_is_written(tmp_path):
     RunLog(tmp_path/"run")
     with pytest.raises(UserError, match="already holds a run"): RunLog(tmp_path/"run")
     assert launch(job(tmp_path, "rollout.prompts=32", gpus=8, nodes=2, zero=2), slurm=tmp_path/"job.sbatch", say=said.append) == 0          # the same again is no conflict
+
+
+def test_a_resumed_run_may_be_spread_in_another_way(tmp_path):
+    "The saved configuration says how it was; the command says how it is now, in full."
+    words = lambda **how: [w for w in job(tmp_path, "rollout.prompts=32", gpus=8, **how).overrides if w.startswith("engine")]
+    assert words() == ["engine.zero=0"] and words(fsdp=True) == ["engine.zero=0", "engine.fsdp=true"] and words(zero=3, resume=True) == ["engine.zero=3", "engine.fsdp=false"]
 
 
 def test_nasty_names_stay_words(tmp_path):
@@ -414,7 +442,9 @@ def metrics(folder): return [{k: v for k, v in json.loads(line).items() if not k
 
 @pytest.mark.slow
 def test_one_process_started_is_one_process(tmp_path, monkeypatch):
-    "The launcher's run and the command's have the same numbers; a stopped one saves, says so, and continues."
+    "The launcher's run, the command's and a notebook's have the same numbers; a stopped one saves, says so, and continues."
+    import nbformat
+    from nbclient import NotebookClient
     from unify_rl.cli import main
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("PYTHONPATH", str(Path(doctor.__file__).parents[1]))
@@ -422,13 +452,16 @@ def test_one_process_started_is_one_process(tmp_path, monkeypatch):
     assert launch(job(tmp_path, *settings, gpus=0, processes=1)) == 0
     assert main(["train", "grpo", *settings, f"run_dir={tmp_path}/other", "--quiet"]) == 0
     assert metrics(tmp_path/"run") == metrics(tmp_path/"other")
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(f"from unify_rl.run import train\ntrain('grpo', overrides={[*settings, f'run_dir={tmp_path}/cell']!r})")])
+    NotebookClient(nb, timeout=600, kernel_name="python3").execute()
+    assert "step 3/3" in json.dumps(nb.cells[0].outputs) and metrics(tmp_path/"cell") == metrics(tmp_path/"run")
     long = ["steps=2000", *settings[1:], f"run_dir={tmp_path}/long"]
     code = f"import sys; from unify_rl.train.launch import Job, launch; sys.exit(launch(Job('grpo', 'tiny-janus', gpus=0, processes=1, settings={long!r})))"
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
-    until(tmp_path/"long"/"metrics.jsonl", 120)
+    until(tmp_path/"long"/"metrics.jsonl", 300)
     while not (tmp_path/"long"/"metrics.jsonl").read_text(): time.sleep(0.2)
     child.send_signal(signal.SIGTERM)
-    assert child.wait(120) == 130 and list((tmp_path/"long"/"checkpoints").iterdir())
+    assert child.wait(300) == 130 and list((tmp_path/"long"/"checkpoints").iterdir())
 
 
 # -- the doctor ------------------------------------------------------------------------------------------------------------

@@ -148,6 +148,16 @@ def test_a_group_of_one_is_explained():
 def test_tasks_and_rewards_make_sense(override, message):
     with pytest.raises(UserError, match=message.replace("[", r"\[")): apply_overrides(Config(), [override])
 
+@pytest.mark.parametrize("overrides,message", [
+    (["engine.zero=4"], "engine.zero is 4"), (["engine.zero=3", "engine.fsdp=true"], "choose one of the two"), (["engine.fsdp=true", "model.precision=fp16"], "model.precision is 'fp16'; it must be fp32 or bf16"),
+    (["engine.fsdp=true", "engine.offload=optimizer"], "engine.offload"), (["engine.fsdp=true", "log.agreement_every=2"], "0 with engine.fsdp: it compares whole gradients"),
+    (["engine.zero=1", "log.agreement_every=2"], "0 with engine.zero=1"), (["engine.fsdp=true", "model.experts=4"], "model.experts is 4; it must be 0 with engine.fsdp"),
+    (["engine.zero=3", "model.experts=4"], "0 with engine.zero=3")])
+def test_what_does_not_go_with_how_a_run_is_spread(overrides, message):
+    with pytest.raises(UserError, match=message): apply_overrides(Config(), overrides)
+
+def test_experts_go_with_whole_copies(): assert apply_overrides(Config(), ["engine.zero=2", "model.experts=4"]).engine.zero == 2
+
 @pytest.mark.parametrize("key", C.MAY_BE_INFINITE)
 def test_infinity_where_it_means_no_limit(key):
     assert get(apply_overrides(Config(), [f"{key}=.inf"]), key) == math.inf == get(apply_overrides(Config(), [f"{key}=inf"]), key)

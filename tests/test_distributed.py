@@ -1,23 +1,31 @@
-"""Several processes do what one does: data parallel and ZeRO 1 to 3, resumed across numbers of processes and stages, with accidents. Two gloo processes on CPUs, started by torchrun."""
+"""Several processes do what one does: data parallel, ZeRO 1 to 3, FSDP; resumed across numbers of processes and stages, with accidents. Two gloo processes on CPUs, started by torchrun."""
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from distributed_worker import lighten
 
+from unify_rl.core import Prompt
+from unify_rl.data.pairs import PairSettings, build_pairs
 from unify_rl.run import train
-from unify_rl.train.checkpoint import checkpoints
+from unify_rl.train.checkpoint import checkpoints, problem
 from unify_rl.train.runlog import read_metrics
+from unify_rl.world.scenes import COLORS, SHAPES, Thing, World, render
 
 pytestmark = pytest.mark.slow
 SMALL = ["rollout.prompts=6", "rollout.group_size=4", "rollout.max_text=12", "evaluate.suites=[]", "log.groups_every=1", "log.groups_max=2", "checkpoint.every=1", "optimizer.schedule=constant"]
+LEAN = ["model.checkpoint_activations=true", "model.logp_chunk=16", "model.precision=bf16"]
+ENGINES = {f"{z}": f"engine.zero={z}" for z in range(4)} | {"fsdp": "engine.fsdp=true"}
 LVRPO = ["rollout.prompts=6", "rollout.group_size=2", "rollout.max_text=8", "evaluate.suites=[]", "log.groups_every=0", "checkpoint.every=0", "steps=2"]
 
 
-def launch(tmp: Path, runs: list, processes: int = 2, timeout: float = 900, **more) -> tuple[int, str, float]:
+def launch(tmp: Path, runs: list, processes: int = 2, timeout: float = 1750, **more) -> tuple[int, str, float]:
     "torchrun of the worker: (exit code, stderr, seconds)."
     spec, start = tmp/f"work-{time.monotonic_ns()}.json", time.monotonic()
     spec.write_text(json.dumps(dict(runs=runs, **more)))
@@ -46,56 +54,134 @@ def same(a: Path, b: Path, tolerance: float = 2e-5) -> None:
         for k, v in x.items(): assert y[k] == (v if v is None or isinstance(v, (str, list)) else pytest.approx(v, rel=tolerance, abs=tolerance)), (k, x["step"])
 
 
+@pytest.fixture(scope="module", autouse=True)
+def light():
+    "As the worker's processes do."
+    with pytest.MonkeyPatch.context() as patch:
+        lighten(patch.setattr)
+        yield
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Path:
-    "All runs without accidents, made by one torchrun after another, so that libraries are imported once."
+def base(tmp_path_factory) -> Path:
+    "What runs with an accident are compared with."
     d = tmp_path_factory.mktemp("runs")
+    code, err, _ = launch(d, [run(d/"janus-0"), run(d/"janus-2", "engine.zero=2")])
+    assert code == 0, err[-3000:]
+    return d
+
+
+@pytest.fixture(scope="module")
+def runs(base) -> Path:
+    "All runs without accidents, made by one torchrun after another, so that libraries are imported once."
+    d = base
     for spec in (run(d/"janus"), run(d/"bagel", recipe="lvrpo", policy="tiny-bagel"), run(d/"uneven", "rollout.prompts=3"), run(d/"lora", "model.lora_rank=4"),
-                 run(d/"one-two", "steps=2")): train(progress=False, **spec)
-    two = [run(d/f"janus-{z}", f"engine.zero={z}") for z in range(4)] + [run(d/f"bagel-{z}", f"engine.zero={z}", recipe="lvrpo", policy="tiny-bagel") for z in range(4)]
-    two += [run(d/f"uneven-{z}", "rollout.prompts=3", f"engine.zero={z}") for z in (0, 3)] + [run(d/"lora-3", "model.lora_rank=4", "engine.zero=3")]
-    two += [run(d/f"halt-{z}", "steps=2", f"engine.zero={z}") for z in range(4)]
+                 run(d/"lean", *LEAN), run(d/"one-two", "steps=2"), run(d/"one-fsdp", "steps=2")): train(progress=False, **spec)
+    two = [run(d/f"janus-{z}", how) for z, how in ENGINES.items() if z not in ("0", "2")] + [run(d/f"bagel-{z}", how, recipe="lvrpo", policy="tiny-bagel") for z, how in ENGINES.items()]
+    two += [run(d/f"{name}-{z}", *more, ENGINES[z]) for name, more in (("uneven", ["rollout.prompts=3"]), ("lora", ["model.lora_rank=4"])) for z in ("0", "3", "fsdp")]
+    two += [run(d/"lean-fsdp", *LEAN, ENGINES["fsdp"])]
+    two += [run(d/f"halt-{z}", "steps=2", how) for z, how in ENGINES.items()] + [run(d/f"stay-{z}", "steps=2", ENGINES[z]) for z in ("3", "fsdp")]
     code, err, _ = launch(d, two)
     assert code == 0, err[-3000:]
-    again = [run(d/f"halt-{z}", f"engine.zero={z}", resume=True) for z in range(3)] + [run(d/"halt-3", "engine.zero=0", resume=True), run(d/"one-two", "engine.zero=3", resume=True)]
+    go_on = {f"halt-{z}": ENGINES[z] for z in "012"} | {f"stay-{z}": ENGINES[z] for z in ("3", "fsdp")}                    # as before
+    go_on |= {"halt-3": "engine.zero=0", "halt-fsdp": "engine.zero=3", "one-two": "engine.zero=3", "one-fsdp": "engine.fsdp=true"}       # in another way
+    again = [run(d/name, "engine.fsdp=false", "engine.zero=0", how, resume=True) for name, how in go_on.items()]
     code, err, _ = launch(d, again)
     assert code == 0, err[-3000:]
     return d
 
 
-@pytest.mark.parametrize("zero", range(4))
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("policy", ["janus", "bagel"])
-def test_two_processes_do_what_one_does(runs, policy, zero): same(runs/policy, runs/f"{policy}-{zero}")
+def test_two_processes_do_what_one_does(runs, policy, engine): same(runs/policy, runs/f"{policy}-{engine}")
 
 
-@pytest.mark.parametrize("name, other", [("uneven", "uneven-0"), ("uneven", "uneven-3"), ("lora", "lora-3")])
-def test_uneven_shares_and_adapters(runs, name, other): same(runs/name, runs/other)
+@pytest.mark.parametrize("engine", ["0", "3", "fsdp"])
+@pytest.mark.parametrize("name", ["uneven", "lora"])
+def test_uneven_shares_and_adapters(runs, name, engine): same(runs/name, runs/f"{name}-{engine}")
 
 
-@pytest.mark.parametrize("zero", range(3))
-def test_resumed_it_is_the_same_run(runs, zero):
+def test_pieces_gathered_in_16_bits_and_activations_that_are_recomputed(runs):
+    "FSDP sums gradients in fp32 that were made in bf16, piece by piece: 8 bits of a number are kept, so to a few percent of the gradient's norm."
+    same(runs/"lean", runs/"lean-fsdp", 0.03)
+
+
+@pytest.mark.parametrize("halted, whole", [("halt-0", "janus-0"), ("halt-1", "janus-1"), ("halt-2", "janus-2"), ("stay-3", "janus-3"), ("stay-fsdp", "janus-fsdp")])
+def test_resumed_it_is_the_same_run(runs, halted, whole):
     "Stopped after two steps and continued by as many processes in the same stage: the uninterrupted run's numbers, to the last bit."
-    assert numbers(runs/f"halt-{zero}") == numbers(runs/f"janus-{zero}")
+    assert numbers(runs/halted) == numbers(runs/whole)
 
 
 def test_resumed_in_another_stage_and_by_other_numbers_of_processes(runs):
     same(runs/"janus", runs/"halt-3")                       # ZeRO 3 on two, then data parallel on two
     same(runs/"janus", runs/"one-two")                      # one process, then ZeRO 3 on two
+    same(runs/"janus", runs/"halt-fsdp")                    # FSDP on two, then ZeRO 3 on two
+    same(runs/"janus", runs/"one-fsdp")                     # one process, then FSDP on two
 
 
-def test_one_process_goes_on_where_two_with_zero_3_stopped(runs, tmp_path):
-    code, err, _ = launch(tmp_path, [run(tmp_path/"a", "steps=2", "engine.zero=3")])
+def test_one_process_goes_on_where_two_stopped(runs, tmp_path):
+    "They had ZeRO 3, and FSDP."
+    code, err, _ = launch(tmp_path, [run(tmp_path/z, "steps=2", ENGINES[z]) for z in ("3", "fsdp")])
     assert code == 0, err[-3000:]
-    train(progress=False, **run(tmp_path/"a", "engine.zero=0", resume=True))
-    same(runs/"janus", tmp_path/"a")
+    for z in ("3", "fsdp"):
+        train(progress=False, **run(tmp_path/z, "engine.zero=0", "engine.fsdp=false", resume=True))
+        same(runs/"janus", tmp_path/z)
 
 
-@pytest.mark.parametrize("zero", [0, 3])
-def test_the_policy_is_written_in_its_own_layout(runs, zero):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_policy_is_written_in_its_own_layout(runs, engine):
     from safetensors.torch import load_file
-    one, two = (load_file(runs/name/"policy"/"model.safetensors") for name in ("janus", f"janus-{zero}"))
+    one, two = (load_file(runs/name/"policy"/"model.safetensors") for name in ("janus", f"janus-{engine}"))
     assert one.keys() == two.keys()
     assert max(float((one[k].float() - two[k].float()).abs().max()) for k in one) < 1e-5
+
+
+# -- a test before and after, and pairs
+TESTED = ["evaluate.suites=[shapes-geneval, shapes-qa]", "evaluate.prompts=12", "evaluate.batch=5", "steps=1"]
+PAIRED = ["rollout.prompts=8", "evaluate.suites=[]", "optimizer.schedule=constant", "rollout.max_text=12", "rollout.group_size=4", "steps=2", "rewards=[{name: accuracy, weight: 1.0}, {name: hps, weight: 1.0}]"]
+
+
+def verdicts(folder: Path, name: str) -> dict:
+    "What was judged of each prompt of each suite."
+    return json.loads((folder/"eval"/f"{name}.json").read_text())
+
+
+def half(i: int, task: str) -> Prompt:
+    "A question about a picture of one thing, or a sentence that draws it."
+    scene = (Thing(SHAPES[i % 4], list(COLORS)[i % 6], 4 * (i % 5), 4 * (i // 5 % 5)),)
+    image = render(scene, World())
+    own = dict(image=image, answer="yes") if task == "answer" else dict(reference=image)
+    return Prompt(f"{task}/{i}", task, f"is there a {SHAPES[i % 4]} here" if task == "answer" else f"a {SHAPES[i % 4]}", category=SHAPES[i % 4], meta=dict(scene=scene), **own)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory) -> Path:
+    "A folder of pairs, as `unify_rl pairs build` makes them."
+    folder = tmp_path_factory.mktemp("pairs")
+    build_pairs([half(3 * i, "answer") for i in range(20)], [half(3 * i + 1, "generate") for i in range(20)], folder, PairSettings(clusters=6), "layout")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def further(tmp_path_factory, pairs) -> Path:
+    "A run that is tested before and after, and one on pairs, by one process and by two."
+    d = tmp_path_factory.mktemp("further")
+    def both(where): return [run(d/f"tested-{where}", *TESTED), dict(recipe="pairuni", policy="tiny-janus", overrides=[f"run_dir={d}/pairs-{where}", *PAIRED, f"data.path={pairs}"])]
+    for spec in both("one"): train(progress=False, **spec)
+    code, err, _ = launch(d, both("two"))
+    assert code == 0, err[-3000:]
+    return d
+
+
+def test_a_test_is_shared_out_and_its_verdicts_are_the_same(further):
+    "12 prompts a suite, 6 a process: the verdicts of each prompt before and after, in the order that one process has them in."
+    same(further/"tested-one", further/"tested-two")
+    for name in ("before", "after"):
+        one, two = (verdicts(further/f"tested-{where}", name) for where in ("one", "two"))
+        assert [len(s["rows"]) for s in one.values()] == [12, 12] and one == two
+
+
+def test_pairs_by_two_processes_as_by_one(further): same(further/"pairs-one", further/"pairs-two")
 
 
 # -- accidents: what happens, and what is lost
@@ -107,35 +193,66 @@ def healed(d: Path, *settings: str) -> list[dict]:
 
 
 @pytest.mark.parametrize("where, saved", [("_sample", 1), ("_update", 1), ("_metrics", 2), ("save", 1)])
-def test_a_killed_process_costs_the_step_in_flight(runs, tmp_path, where, saved):
+def test_a_killed_process_costs_the_step_in_flight(base, tmp_path, where, saved):
     "kill -9 of the second process while it samples, updates, has updated, or saves, in its second step: the other ends, and a resumed run is the uninterrupted one."
     step = 2 if where in ("save", "_metrics") else 1                    # in these two the counter has moved on
     code, err, seconds = launch(tmp_path, [run(tmp_path/"a")], accident=dict(rank=1, step=step, where=where, how="kill"))
-    assert code != 0 and seconds < 120
+    assert code != 0 and seconds < 1200
     assert max(checkpoints(tmp_path/"a"/"checkpoints")) in (1, 2)
-    assert healed(tmp_path) == numbers(runs/"janus-0")
+    assert healed(tmp_path) == numbers(base/"janus-0")
 
 
-def test_a_process_killed_while_it_scores(runs, tmp_path):
+def test_a_process_killed_while_it_scores(base, tmp_path):
     code, _, seconds = launch(tmp_path, [run(tmp_path/"a", "engine.zero=2")], accident=dict(rank=0, step=1, where="_score_reference", how="kill"))
-    assert code != 0 and seconds < 120
-    assert healed(tmp_path, "engine.zero=2") == numbers(runs/"janus-2")
+    assert code != 0 and seconds < 1200
+    assert healed(tmp_path, "engine.zero=2") == numbers(base/"janus-2")
 
 
-def test_a_signal_to_one_process_stops_all_and_saves(runs, tmp_path):
+def test_a_signal_to_one_process_stops_all_and_saves(base, tmp_path):
     code, err, _ = launch(tmp_path, [run(tmp_path/"a", "checkpoint.every=0")], accident=dict(rank=1, step=1, where="_update", how="term"))
     assert code == 0, err[-3000:]
     assert list(checkpoints(tmp_path/"a"/"checkpoints")) == [2] and len(numbers(tmp_path/"a")) == 2 and not (tmp_path/"a"/"summary.json").exists()
-    assert healed(tmp_path) == numbers(runs/"janus-0")
+    assert healed(tmp_path) == numbers(base/"janus-0")
+
+
+def test_a_disk_that_is_full_ends_all_and_costs_no_checkpoint(base, tmp_path):
+    "Half of a file is written in the second checkpoint: all processes end with the same words, the first checkpoint is whole, and nothing half is left beside it."
+    code, err, seconds = launch(tmp_path, [run(tmp_path/"a")], accident=dict(rank=0, step=2, where="save", how="full"))
+    assert code != 0 and seconds < 1200
+    for r in range(2): assert re.search(rf"process {r}: cannot save the checkpoint .*step-00000002: No space left on device. Older checkpoints are untouched", err), err[-3000:]
+    (step, folder), = checkpoints(tmp_path/"a"/"checkpoints").items()
+    assert step == 1 and not problem(folder) and [p.name for p in folder.parent.iterdir()] == [folder.name]
+    assert healed(tmp_path) == numbers(base/"janus-0")
+
+
+def test_all_fall_back_to_the_same_checkpoint_and_say_so(base, tmp_path):
+    "The newest checkpoint is cut short: both processes continue after the one before it, are told why, and come to the same end."
+    shutil.copytree(base/"janus-0", tmp_path/"a")
+    newest = max(checkpoints(tmp_path/"a"/"checkpoints").items())[1]
+    file = newest/"tensors-00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    code, err, _ = launch(tmp_path, [run(tmp_path/"a", resume=True)])
+    assert code == 0, err[-3000:]
+    for r in range(2): assert re.search(rf"process {r} continues after step 2: .*step-00000003 cannot be used: tensors-00000.safetensors has .* bytes.*went back to step 2", err), err[-3000:]
+    assert numbers(tmp_path/"a") == numbers(base/"janus-0")
+    assert [problem(p) for p in checkpoints(tmp_path/"a"/"checkpoints").values()] == ["", ""]
+
+
+def test_no_checkpoint_that_verifies_ends_all(base, tmp_path):
+    shutil.copytree(base/"janus-0", tmp_path/"a")
+    for folder in checkpoints(tmp_path/"a"/"checkpoints").values(): (folder/"manifest.json").unlink()
+    code, err, seconds = launch(tmp_path, [run(tmp_path/"a", resume=True)])
+    assert code != 0 and seconds < 1200
+    for r in range(2): assert re.search(rf"process {r}: .*manifest.json is missing.*None is left", err), err[-3000:]
 
 
 def test_one_process_fails_and_the_other_does_not_wait_for_ever(tmp_path):
     code, err, seconds = launch(tmp_path, [run(tmp_path/"a")], accident=dict(rank=1, step=1, where="_metrics", how="raise"))
-    assert code != 0 and seconds < 120 and "process 1: the scorer's disk is gone" in err
+    assert code != 0 and seconds < 1200 and "process 1: the scorer's disk is gone" in err
 
 
-@pytest.mark.parametrize("zero", [0, 2, 3])
-def test_a_gradient_that_is_not_finite_in_one_process_is_skipped_by_all(tmp_path, zero):
-    code, err, _ = launch(tmp_path, [run(tmp_path/"a", f"engine.zero={zero}")], accident=dict(rank=1, step=1, where="_update", how="nan"))
+@pytest.mark.parametrize("engine", ["0", "2", "3", "fsdp"])
+def test_a_gradient_that_is_not_finite_in_one_process_is_skipped_by_all(tmp_path, engine):
+    code, err, _ = launch(tmp_path, [run(tmp_path/"a", ENGINES[engine])], accident=dict(rank=1, step=1, where="_update", how="nan"))
     assert code == 0, err[-3000:]
     assert [m["steps/skipped"] for m in numbers(tmp_path/"a")] == [0, 1, 0]

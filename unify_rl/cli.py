@@ -77,7 +77,8 @@ examples
   unify_rl launch grpo --gpus 8                                                      this machine, a whole copy on each GPU
   unify_rl launch grpo --gpus 0 --processes 2                                        two processes on the CPU
   unify_rl launch lvrpo --policy ByteDance-Seed/BAGEL-7B-MoT --gpus 8 --nodes 4 --zero 3 --slurm job.sbatch --dry-run
-  unify_rl launch pairuni --policy deepseek-community/Janus-Pro-7B --gpus 8 --zero 2 --hostfile hosts"""
+  unify_rl launch pairuni --policy deepseek-community/Janus-Pro-7B --gpus 8 --zero 2 --hostfile hosts
+  unify_rl launch corl --policy deepseek-community/Janus-Pro-1B --gpus 8 --fsdp                       no DeepSpeed: PyTorch's own sharding"""
 
 PAIRS_MANUAL = """what it does
   Reads two data sets, questions about pictures and sentences with pictures, and makes pairs of them (PairUni, Algorithm 1):
@@ -230,6 +231,7 @@ def parser() -> Parser:
     v.add_argument("--processes", type=int, metavar="N", default=0, help="with --gpus 0: processes of each node, which talk through gloo; default: 1")
     v.add_argument("--nodes", type=int, metavar="M", default=1, help="machines; default: %(default)s")
     v.add_argument("--zero", type=int, metavar="Z", default=0, help="0: DDP; 1, 2, 3: ZeRO; default: %(default)s")
+    v.add_argument("--fsdp", action="store_true", help="FSDP instead of ZeRO: PyTorch alone shares out parameters, gradients and optimizer")
     v.add_argument("--lora", type=int, metavar="RANK", default=0, help="train LoRA adapters of this rank (model.lora_rank)")
     how = v.add_mutually_exclusive_group()
     how.add_argument("--torchrun", action="store_true", help="start here with torchrun; the default on one node")
@@ -246,6 +248,7 @@ def parser() -> Parser:
     v.add_argument("--config", metavar="FILE", help="YAML file of settings, over the recipe's")
     v.add_argument("--gpus", metavar="NxGB", default="8x80GB", help="all GPUs, and the memory of one; default: %(default)s")
     v.add_argument("--zero", type=int, metavar="Z", default=0, help="0: DDP; 1, 2, 3: ZeRO; default: %(default)s")
+    v.add_argument("--fsdp", action="store_true", help="FSDP instead of ZeRO: PyTorch alone shares out parameters, gradients and optimizer")
     v.add_argument("--offload", metavar="O", default="none", help="none, optimizer or params; default: %(default)s")
     v.add_argument("--lora", type=int, metavar="RANK", default=0, help="LoRA adapters of this rank")
     v.add_argument("--words", type=int, metavar="W", default=64, help="words of a prompt; default: %(default)s")
@@ -356,7 +359,7 @@ def launch(args) -> int:
     "`unify_rl launch`"
     from unify_rl.train.engine import deepspeed_config
     from unify_rl.train.launch import Job, launch as start
-    job = Job(args.recipe, args.policy, args.gpus, args.nodes, args.processes, args.zero, args.lora, args.config, args.settings, args.resume, args.hours)
+    job = Job(args.recipe, args.policy, args.gpus, args.nodes, args.processes, args.zero, args.fsdp, args.lora, args.config, args.settings, args.resume, args.hours)
     told = lambda cfg: deepspeed_config(args.zero, cfg.model.precision, cfg.optimizer.grad_norm, cfg.engine.offload)
     return start(job, slurm=args.slurm, hostfile=args.hostfile, dry_run=args.dry_run, deepspeed_config=told)
 
@@ -365,7 +368,7 @@ def plan(args) -> int:
     from unify_rl.run import Screen
     from unify_rl.train.plan import plan_recipe, plan_record, plan_table, verdict
     from unify_rl.train.runlog import write_aside
-    asked, better = plan_recipe(args.recipe, args.policy, args.gpus, args.zero, args.lora, args.offload, args.words, args.config, args.settings)
+    asked, better = plan_recipe(args.recipe, args.policy, args.gpus, args.zero, args.lora, args.offload, args.words, args.config, args.settings, args.fsdp)
     screen = Screen()
     screen.say(plan_table(asked))
     if better: screen.say(plan_table(better))

@@ -108,6 +108,7 @@ class ModelConfig:
 class EngineConfig:
     "how several processes share the work (torchrun starts them; unify_rl launch writes the command)"
     zero: int = 0                               # DeepSpeed ZeRO: 0 a whole copy each, 1 the optimizer is shared out, 2 gradients too, 3 parameters too
+    fsdp: bool = False                          # PyTorch's FSDP instead of ZeRO: parameters, gradients and optimizer are shared out
     offload: Literal["none", "optimizer", "params"] = "none"   # what ZeRO keeps in the CPU's memory
     timeout: float = 1800.0                     # seconds that processes wait for one another before they give up
 
@@ -283,7 +284,11 @@ def check(
     need(cfg.engine.zero <= 3, "engine.zero", "0, 1, 2 or 3")
     need(cfg.engine.offload == "none" or cfg.engine.zero, "engine.offload", "none, since engine.zero is 0")
     need(cfg.engine.offload != "params" or cfg.engine.zero == 3, "engine.offload", "none or optimizer, since parameters are shared out only by engine.zero=3")
-    need(not cfg.engine.zero or not cfg.log.agreement_every, "log.agreement_every", "0 with engine.zero above 0: it compares whole gradients")
+    spread = "engine.fsdp" if cfg.engine.fsdp else f"engine.zero={cfg.engine.zero}"
+    need(not cfg.engine.fsdp or not cfg.engine.zero, "engine.zero", "0 with engine.fsdp: choose one of the two (engine.fsdp shares out what engine.zero=3 does)")
+    need(not cfg.engine.fsdp or cfg.model.precision != "fp16", "model.precision", "fp32 or bf16 with engine.fsdp")
+    need(not cfg.engine.zero and not cfg.engine.fsdp or not cfg.log.agreement_every, "log.agreement_every", f"0 with {spread}: it compares whole gradients")
+    need(cfg.engine.zero < 3 and not cfg.engine.fsdp or not cfg.model.experts, "model.experts", f"0 with {spread}: which experts a pass needs differs between processes, and all must gather the same")
     need(cfg.rollout.group_size == 1 or cfg.rollout.outputs == "sampled", "rollout.group_size", "1, since rollout.outputs=given has one output a prompt")
     for p, v in value.items(): need(v != math.inf or p in MAY_BE_INFINITE, p, "finite")
     for p in ("policy", "run_dir", "data.source"): need(value[p].strip(), p, "given")

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any, Callable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core import UserError
 from ..policies.base import Policy
 
 # %% auto #0
-__all__ = ['ranks', 'is_main', 'deepspeed_config', 'Crew', 'Engine', 'ZeroEngine', 'build_engine']
+__all__ = ['ranks', 'is_main', 'deepspeed_config', 'Crew', 'Engine', 'ZeroEngine', 'linear_units', 'fsdp_config', 'FsdpEngine',
+           'build_engine']
 
 # %% ../../nbs/49_train.engine.ipynb #rank
 def ranks() -> tuple[int, int]:
@@ -78,6 +79,16 @@ class Crew:
         rows = self._gather(torch.nn.functional.pad(data, (0, max(sizes) - len(data))))
         return [bytes(r[:s].tolist()).decode().strip() for r, s in zip(rows, sizes)]
 
+    def first(self, work: Callable[[], Any]) -> Any:
+        "What the first process's `work` gives it, None for the others. A mistake that it meets ends all, and each says why."
+        if self.ranks == 1: return work()
+        made, why = None, ""
+        if self.main:
+            try: made = work()
+            except UserError as e: why = str(e)
+        if why := self.share_text(why)[0]: raise UserError(why)
+        return made
+
     def _gather(self, x: Tensor) -> list[Tensor]:
         x = x.to(self.device)
         every = [torch.empty_like(x) for _ in range(self.ranks)]
@@ -92,6 +103,8 @@ class Crew:
 class Engine(Crew):
     "What trains, on one process or on several with a whole copy each (data parallel)."
     zero, even_passes = 0, False
+    cut = False                     # does each process keep only a part of every parameter?
+    setting = "engine.zero=0"       # what chooses it
 
     def __init__(self, policy: Policy, *, lr: float, betas: tuple = (0.9, 0.95), weight_decay: float = 0.0, grad_norm: float = 1.0, precision: str = "fp32",
                  offload: str = "none", timeout: float = 1800.0, folder: str | Path = ".", trackers: list | tuple = ()):
@@ -138,20 +151,22 @@ class Engine(Crew):
         "Add up the gradients of all processes, clip, and step, unless there is no gradient or it is not finite."
         if not self.sum([passes])[0]: return 0.0, False
         if self.ranks > 1: self._add_gradients()
-        norm = float(self.accelerator.clip_grad_norm_(self.trained.values(), self.grad_norm))
+        norm = float(_whole(self.accelerator.clip_grad_norm_(self.trained.values(), self.grad_norm)))
         for g in self.optimizer.param_groups: g["lr"] = lr
         if finite := math.isfinite(norm): self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm if finite else 0.0, finite
 
-    def _fill_gradients(self) -> None:
-        "A gradient for every parameter, so that all processes add up the same ones."
-        for p in self.trained.values():
+    def _fill_gradients(self) -> list[Tensor]:
+        "A gradient for every parameter that has one in some process, so that all add up the same ones; the rest keeps none, as on one process."
+        seen = self.sum([float(p.grad is not None) for p in self.trained.values()])
+        touched = [p for p, n in zip(self.trained.values(), seen) if n]
+        for p in touched:
             if p.grad is None: p.grad = torch.zeros_like(p)
+        return touched
 
     def _add_gradients(self) -> None:
-        self._fill_gradients()
-        for work in [torch.distributed.all_reduce(p.grad, async_op=True) for p in self.trained.values()]: work.wait()
+        for work in [torch.distributed.all_reduce(p.grad, async_op=True) for p in self._fill_gradients()]: work.wait()
 
     def even(self, counts: dict) -> dict:
         "Kind of pass -> how many of it all processes make: the most that one of them has; kinds in one order everywhere."
@@ -159,7 +174,7 @@ class Engine(Crew):
         every = [json.loads(t) for t in self.share_text(json.dumps(counts))]
         most = {k: max(c.get(k, 0) for c in every) for k in sorted(set().union(*every))}
         lost = [(k, r) for k, n in most.items() if n for r, c in enumerate(every) if k not in c]
-        if lost: raise UserError(f"process {lost[0][1]} has no pass of the kind {lost[0][0]!r}, and with engine.zero={self.zero} all must have each. Use engine.zero=1, "
+        if lost: raise UserError(f"process {lost[0][1]} has no pass of the kind {lost[0][0]!r}, and with {self.setting} all must have each. Use engine.zero=1, "
                                  "or a rollout.prompts that gives each process prompts of each kind")
         return {k: n for k, n in most.items() if n}
 
@@ -177,9 +192,9 @@ class Engine(Crew):
     def load(self, state: dict) -> None:
         "Take over what `state` gave; `state` is the first process's, the others may pass {}."
         for n, p in self.trained.items():
-            p.copy_(self._from_main(state, "params", n, p))
+            p.copy_(_part(self._from_main(state, "params", n, p), p))
             if not self._has(state, "moments", n): continue
-            self.optimizer.state[p] = {k: self._from_main(state, "moments", n, p, k) for k in ("step", "exp_avg", "exp_avg_sq")}
+            self.optimizer.state[p] = {k: _part(self._from_main(state, "moments", n, p, k), p) for k in ("step", "exp_avg", "exp_avg_sq")}
         if self.accelerator.scaler and "scaler" in state: self.accelerator.scaler.load_state_dict(state["scaler"])
 
     def _has(self, state: dict, section: str, name: str) -> bool: return self.any(name in state.get(section, {}))
@@ -198,6 +213,14 @@ class Engine(Crew):
 
 def _shape(p: Tensor) -> tuple: return tuple(getattr(p, "ds_shape", p.shape))         # of a shard: the whole parameter's
 
+def _whole(x: Tensor) -> Tensor: return x.full_tensor() if hasattr(x, "full_tensor") else x         # of a shard: all processes together make it
+
+def _part(x: Tensor, like: Tensor) -> Tensor:
+    "What this process keeps of a tensor that all have."
+    if not hasattr(like, "full_tensor") or not x.ndim: return x
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None)
+
 def _accelerator(precision: str, folder: str | Path, trackers: list | tuple):
     "accelerate's `Accelerator`: autocast, scaling of fp16, trackers."
     from accelerate import Accelerator
@@ -209,12 +232,10 @@ def _accelerator(precision: str, folder: str | Path, trackers: list | tuple):
 class ZeroEngine(Engine):
     "Optimizer (1), gradients (2) and parameters (3) are shared out over the processes by DeepSpeed."
     def __init__(self, policy: Policy, *, zero: int, **more):
-        if "RANK" not in os.environ:
-            raise UserError(f"engine.zero={zero} shares the optimizer out over processes, and this is a single one that torchrun did not start. "
-                            "Start it with `unify_rl launch`, or with `torchrun --nproc_per_node N -m unify_rl train …`")
+        self.zero, self.even_passes, self.cut, self.setting = zero, zero > 1, zero == 3, f"engine.zero={zero}"
+        _need_torchrun(self.setting)
         if zero == 3 and policy.takes_weights:
-            raise UserError(f"{policy.name} uses weights outside of their modules, which engine.zero=3 cannot gather in time; use engine.zero=2")
-        self.zero, self.even_passes = zero, zero > 1
+            raise UserError(f"{policy.name} uses weights outside of their modules, which engine.zero=3 cannot gather in time; use engine.zero=2 or engine.fsdp=true")
         super().__init__(policy, **more)
 
     def _prepare(self, optimizer: torch.optim.Optimizer) -> None:
@@ -245,18 +266,16 @@ class ZeroEngine(Engine):
             yield self.policy
             return
         import deepspeed
-        with torch.no_grad():
-            for p, q in zip(self.policy.parameters(), self._copy.parameters()):
-                with deepspeed.zero.GatheredParameters([p]): q.data = p.data.clone()
-            for b, c in zip(self.policy.buffers(), self._copy.buffers()): c.data = b.data
-        try: yield self._copy
-        finally: _hollow(self._copy)
+        def gathered(p):
+            with deepspeed.zero.GatheredParameters([p]): return p.data.clone()
+        with _filled(self._copy, self.policy, gathered) as policy: yield policy
 
     def backward(self, loss): self.engine.backward(loss * self.ranks)
 
     def step(self, lr, passes):
         if not self.sum([passes])[0]: return 0.0, False
-        if self.zero == 1: self._fill_gradients()                      # reduced at the step, parameter by parameter
+        for p in self.trained.values() if self.zero == 1 else ():      # reduced at the step, parameter by parameter
+            if p.grad is None: p.grad = torch.zeros_like(p)
         for g in (*self.optimizer.param_groups, *self.optimizer.optimizer.param_groups): g["lr"] = lr
         self.engine.step()
         if self.zero == 3: self.optimizer.grad_partitions_flat_buffer.zero_()           # else a parameter that the next step's first pass does not touch keeps this step's
@@ -314,12 +333,87 @@ def _deepspeed():
     __compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
+def _need_torchrun(setting: str) -> None:
+    if "RANK" in os.environ: return
+    raise UserError(f"{setting} shares the optimizer out over processes, and this is a single one that torchrun did not start. "
+                    "Start it with `unify_rl launch`, or with `torchrun --nproc_per_node N -m unify_rl train …`")
+
 def _hollow(policy: Policy) -> Policy:
     "The same modules with empty parameters."
     for p in policy.parameters(): p.data = torch.empty(0, dtype=p.dtype, device=p.device)
     return policy
 
+@contextlib.contextmanager
+def _filled(hollow: Policy, policy: Policy, gathered: Callable) -> Iterator[Policy]:
+    "The copy with the policy's present parameters, for a phase; `gathered` makes a whole one of a shard."
+    with torch.no_grad():
+        for p, q in zip(policy.parameters(), hollow.parameters(), strict=True): q.data = gathered(p)
+        for b, c in zip(policy.buffers(), hollow.buffers(), strict=True): c.data = b.data
+    try: yield hollow
+    finally: _hollow(hollow)
+
+# %% ../../nbs/49_train.engine.ipynb #cuts
+def linear_units(policy: nn.Module) -> list[nn.Module]:
+    "The linear layers that are gathered one at a time: those in the largest stack of layers, without adapters."
+    stacks = [m for m in policy.modules() if isinstance(m, nn.ModuleList)]
+    if not stacks: return []
+    largest = max(stacks, key=lambda m: sum(p.numel() for p in m.parameters()))
+    return [m for name, m in largest.named_modules() if isinstance(m, nn.Linear) and "lora_" not in name]
+
+def fsdp_config(
+    precision: str = "fp32",        # of forward and backward; pieces stay fp32
+) -> dict:
+    "How `fully_shard` is called."
+    half = dict(param_dtype="bfloat16", reduce_dtype="float32") if precision == "bf16" else {}
+    return dict(units="each linear layer of the largest stack of layers; the rest is one", reshard_after_forward=True, mixed_precision=half)
+
+# %% ../../nbs/49_train.engine.ipynb #fsdp
+class FsdpEngine(Engine):
+    "Parameters, gradients and optimizer are shared out over the processes by PyTorch's `fully_shard`."
+    even_passes, cut, setting = True, True, "engine.fsdp=true"
+
+    def __init__(self, policy: Policy, **more):
+        _need_torchrun(self.setting)
+        super().__init__(policy, **more)
+
+    def _prepare(self, optimizer: torch.optim.Optimizer) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+        frozen = getattr(self.policy, "_reference", None)
+        self._copy = _hollow(copy.deepcopy(self.policy, {id(frozen): None}))        # to sample with
+        self._place()
+        mesh = init_device_mesh(self.device.type, (self.ranks,))
+        for net in (self.policy, frozen):
+            if net is not None: _cut(net, mesh, fsdp_config(self.precision))
+        self.trained = {n: p for n, p in self.policy.named_parameters() if p.requires_grad}
+        optimizer.param_groups[0]["params"] = list(self.trained.values())          # the pieces
+        self.optimizer = optimizer
+
+    @contextlib.contextmanager
+    def whole(self):
+        with _filled(self._copy, self.policy, lambda p: p.full_tensor()) as policy: yield policy
+
+    def backward(self, loss): (loss * self.ranks).backward()
+
+    def _add_gradients(self): pass                  # done, in the backward passes
+
+    def state(self):
+        out: dict[str, dict] = dict(params={}, moments={})
+        for n, p in self.trained.items():
+            tensors = {k: _whole(v).cpu().clone() for k, v in dict(params=p.detach(), **self.optimizer.state.get(p, {})).items()}
+            if not self.main: continue
+            out["params"][n] = tensors.pop("params")
+            if tensors: out["moments"][n] = tensors
+        return out if self.main else {}
+
+def _cut(policy: Policy, mesh, config: dict) -> None:
+    "Let `fully_shard` cut the policy's parameters into pieces, unit by unit."
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    half = MixedPrecisionPolicy(**{k: getattr(torch, v) for k, v in config["mixed_precision"].items()})
+    for unit in linear_units(policy): fully_shard(unit, mesh=mesh, mp_policy=half, reshard_after_forward=config["reshard_after_forward"])
+    fully_shard(policy, mesh=mesh, reshard_after_forward=config["reshard_after_forward"])
+
 # %% ../../nbs/49_train.engine.ipynb #one
-def build_engine(policy: Policy, zero: int = 0, **more) -> Engine:
-    "The engine for a stage of ZeRO; 0 is a whole copy on each process."
+def build_engine(policy: Policy, zero: int = 0, fsdp: bool = False, **more) -> Engine:
+    "The engine for a stage of ZeRO, or for FSDP; without either each process has a whole copy."
+    if fsdp: return FsdpEngine(policy, **more)
     return ZeroEngine(policy, zero=zero, **more) if zero else Engine(policy, **more)

@@ -22,6 +22,7 @@ from ..core import UserError, nearest
 from ..data.stream import check_source
 from ..policies.load import policies
 from .config import Config, load_config
+from .engine import fsdp_config
 from .plan import full_size, good_number
 from .runlog import write_aside
 
@@ -39,6 +40,7 @@ class Job:
     nodes: int = 1
     processes: int = 0                  # on each node, if there are no GPUs
     zero: int = 0                       # 0: DDP; 1, 2, 3: ZeRO
+    fsdp: bool = False                  # FSDP instead
     lora: int = 0                       # rank; 0: as the settings say
     config_file: str | None = None
     settings: list = field(default_factory=list)        # key=value
@@ -54,7 +56,9 @@ class Job:
     def overrides(self) -> list[str]:
         "All settings as the trainer gets them; how the run is spread only if it is."
         own = [f"model.lora_rank={self.lora}"] if self.lora else []
-        return [*own, *([f"engine.zero={self.zero}"] if self.zero or self.world > 1 else []), *self.settings]
+        spread = [f"engine.zero={self.zero}"] if self.zero or self.fsdp or self.world > 1 else []
+        if self.fsdp or (spread and self.resume): spread.append(f"engine.fsdp={str(self.fsdp).lower()}")        # a resumed run may have been spread in another way
+        return [*own, *spread, *self.settings]
     @property
     def folder(self) -> Path: return Path(self.cfg.run_dir).absolute()
 
@@ -63,6 +67,7 @@ def check_job(job: Job, here: bool = False, strict: bool = True) -> list[str]:
     "Refuse a job that could not run, before anything is started; returns what could not be checked. `here`: it starts on this machine."
     need = lambda ok, message: None if ok else _refuse(message)
     need(job.zero in range(4), f"--zero is {job.zero}; ZeRO has the stages 1, 2 and 3, and 0 is DDP")
+    need(not (job.fsdp and job.zero), f"--fsdp and --zero {job.zero}: give one of the two (--fsdp shares out what --zero 3 does)")
     need(job.nodes >= 1, f"--nodes is {job.nodes}; it must be at least 1")
     need(job.gpus >= 0, f"--gpus is {job.gpus}; it must be at least 0 (0: processes without GPUs, see --processes)")
     need(job.processes >= 0, f"--processes is {job.processes}; it must be at least 1")
@@ -70,7 +75,8 @@ def check_job(job: Job, here: bool = False, strict: bool = True) -> list[str]:
     need(job.lora >= 0, f"--lora is {job.lora}; it must be a rank of at least 1")
     need(job.hours > 0, f"--hours is {job.hours}; it must be above 0")
     for text in job.settings:
-        need(text.partition("=")[0].strip() != "engine.zero", f"{text}: give --zero instead, so that there is one answer to how the run is spread")
+        key = text.partition("=")[0].strip()
+        need(key not in ("engine.zero", "engine.fsdp"), f"{text}: give --{key.partition('.')[2]} instead, so that there is one answer to how the run is spread")
     job.cfg = load_config(job.recipe, job.policy, job.config_file, _readable(job.overrides))
     notes = _check_policy(job.cfg.policy)
     for cfg in _trained(job.cfg): notes += _check_step(cfg, job.world, strict)
@@ -268,6 +274,7 @@ def launch_files(job: Job, hosts: list[str] | None = None, slurm: str | Path | N
     asked = {k: v for k, v in asdict(replace(job, cfg=None)).items() if k != "cfg"} | dict(world=job.world, hosts=hosts or [], command=["unify_rl", *train_words(job)])
     files = {at/"job.json": json.dumps(asked, indent=1) + "\n", at/"environment.sh": environment(job), at/"node.sh": node_script(job), at/"rank.py": RANK}
     if job.zero and deepspeed_config: files[at/"deepspeed.json"] = json.dumps(deepspeed_config(job.cfg), indent=1) + "\n"
+    if job.fsdp: files[at/"fsdp.json"] = json.dumps(fsdp_config(job.cfg.model.precision), indent=1) + "\n"
     if hosts: files[at/"start.sh"] = ssh_script(job, hosts)
     if slurm: files[Path(slurm).absolute()] = slurm_script(job)
     return files
@@ -283,7 +290,7 @@ def summary(job: Job) -> str:
     "The job in a few lines."
     where = f"{job.nodes} node{'s' * (job.nodes > 1)} x {job.gpus} GPUs" if job.gpus else f"{job.nodes} node{'s' * (job.nodes > 1)} x {job.local} processes on the CPU (gloo)"
     c = _trained(job.cfg)[0]
-    spread = f"ZeRO-{job.zero}" if job.zero else "DDP" if job.world > 1 else "one process"
+    spread = "FSDP" if job.fsdp else f"ZeRO-{job.zero}" if job.zero else "DDP" if job.world > 1 else "one process"
     return (f"{job.recipe} on {job.cfg.policy}: {where} = {job.world} process{'es' * (job.world > 1)}, {spread}{f', LoRA of rank {c.model.lora_rank}' if c.model.lora_rank else ''}\n"
             f"a step: {c.rollout.prompts} prompts ({c.rollout.prompts // job.world} a process) x {c.rollout.group_size} outputs, rows of {c.optimizer.micro_batch} at a time\nrun folder: {job.cfg.run_dir}")
 

@@ -89,9 +89,9 @@ class Trainer:
             if getattr(r, "attach", None): r.attach(policy)
         for name in policy.helpers: getattr(policy, name).requires_grad_(True)
         o, e = cfg.optimizer, cfg.engine
-        if e.zero == 3 and any(getattr(r, "attach", None) for r in rewards):
-            raise UserError("a reward looks through the policy's own eyes, and with engine.zero=3 no process has it whole while it scores; use engine.zero=2")
-        self.engine = build_engine(policy, e.zero, lr=o.lr, betas=(o.beta1, o.beta2), weight_decay=o.weight_decay, grad_norm=o.grad_norm, precision=cfg.model.precision,
+        if (e.zero == 3 or e.fsdp) and any(getattr(r, "attach", None) for r in rewards):
+            raise UserError("a reward looks through the policy's own eyes, and with engine.zero=3 or engine.fsdp no process has it whole while it scores; use engine.zero=2")
+        self.engine = build_engine(policy, e.zero, e.fsdp, lr=o.lr, betas=(o.beta1, o.beta2), weight_decay=o.weight_decay, grad_norm=o.grad_norm, precision=cfg.model.precision,
                                    offload=e.offload, timeout=e.timeout, folder=log.dir, trackers=cfg.log.trackers)
         self.accelerator = self.engine.accelerator
         if cfg.log.trackers: self.accelerator.init_trackers("unify_rl", config={"recipe": cfg.recipe, "policy": cfg.policy, "seed": cfg.seed})
@@ -270,7 +270,7 @@ class Trainer:
 
     def _log_groups(self, rollout, table, adv: Advantages, rows: dict, newest: dict, extra: int) -> None:
         G, N = rollout.group_size, len(rollout.prompts) - extra
-        tokenizer, picture, left = getattr(self.policy, "tokenizer", None), getattr(self.policy, "pictures", None) if self.engine.zero < 3 else None, PATH_PIXELS
+        tokenizer, picture, left = getattr(self.policy, "tokenizer", None), None if self.engine.cut else getattr(self.policy, "pictures", None), PATH_PIXELS
         words = lambda ids: tokenizer.batch_decode([[i] for i in ids]) if tokenizer else [str(i) for i in ids]
         out, images, sources, frames = [], [], [], []
         for b in self._logged(N, G):
@@ -304,19 +304,19 @@ class Trainer:
         return self.done >= self.cfg.steps
 
     def save(self) -> None:
-        "Write a checkpoint: what trains, the optimizer, every random state, the cursor."
+        "Write a checkpoint: what trains, the optimizer, every random state, the cursor. A disk that is full ends all processes."
         state = self.engine.state()
         if self.engine.main:
             state |= dict(rng=rng_state(), skipped=self.skipped)
             if self.learners: state["learners"] = {name: r.learner.state_dict() for name, r in self.learners.items()}
-            save_checkpoint(self.log.dir / "checkpoints", self.done, state, self.cfg.checkpoint.keep)
-        self.engine.barrier()
+        self.engine.first(lambda: save_checkpoint(self.log.dir / "checkpoints", self.done, state, self.cfg.checkpoint.keep))
 
     def load(self) -> list:
-        "Continue from the newest good checkpoint, written by any number of processes; returns notes about damaged ones."
-        done, state, notes = load_checkpoint(self.log.dir / "checkpoints") if self.engine.main else (0, {}, [])
+        "Continue from the newest good checkpoint, written by any number of processes; returns notes about damaged ones, the same on all."
+        done, state, notes = self.engine.first(lambda: load_checkpoint(self.log.dir / "checkpoints")) or (0, {}, [])
         self.done, self.skipped = (int(n) for n in self.engine.sum([done, state.get("skipped", 0)]))
         self.engine.load(state)
+        notes = json.loads(self.engine.share_text(json.dumps(notes))[0])
         if not self.engine.main: return notes
         for name, r in self.learners.items(): r.learner.load_state_dict(state["learners"][name])
         set_rng_state(state["rng"])

@@ -408,6 +408,7 @@ class Counted(NamedTuple):
     params: int             # numbers in the policy
     trained: int            # of which train
     largest: int            # numbers in one layer
+    rest: int               # numbers outside of the layers
     stages: dict            # stage -> bytes
 
 def _at_depth(spec: dict, layers: int, cfg: Config, tasks: dict, words: int) -> Counted:
@@ -418,7 +419,7 @@ def _at_depth(spec: dict, layers: int, cfg: Config, tasks: dict, words: int) -> 
     with fake: hollow_out(policy)
     count = lambda only: sum(w.numel() for w in policy.parameters() if w.requires_grad or not only)
     with rehearsal(fake, family.unknown): stages = rehearse(policy, imagined(policy, tasks, words, cfg.rollout.drawing.get("size", 0)), cfg, family.sample)
-    return Counted(count(False), count(True), 0, stages)
+    return Counted(count(False), count(True), 0, 0, stages)
 
 def count(spec: dict, cfg: Config, tasks: dict, words: int = 64) -> Counted:
     "Rehearse a step of a policy of given sizes."
@@ -426,7 +427,7 @@ def count(spec: dict, cfg: Config, tasks: dict, words: int = 64) -> Counted:
     low, high = (_at_depth(spec, k, cfg, tasks, words) for k in DEPTHS)
     line = lambda a, b: round(a + (b - a) * (depth - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0]))
     layer = (high.params - low.params) // (DEPTHS[1] - DEPTHS[0])
-    return Counted(line(low.params, high.params), line(low.trained, high.trained), layer, {k: line(low.stages[k], high.stages[k]) for k in high.stages})
+    return Counted(line(low.params, high.params), line(low.trained, high.trained), layer, low.params - DEPTHS[0] * layer, {k: line(low.stages[k], high.stages[k]) for k in high.stages})
 
 DEPTHS = (2, 3)
 
@@ -440,9 +441,20 @@ class Layout:
     gpus: int = 1               # processes
     zero: int = 0               # 0: DDP
     offload: str = "none"       # none, optimizer or params
+    fsdp: bool = False          # FSDP instead of ZeRO
 
-def states(params: int, trained: int, lay: Layout, reference: bool, half: bool = False) -> dict[str, int]:
-    "Bytes of one process that stay, and ZeRO's room to work in; `half`: model.precision is bf16 or fp16, which ZeRO keeps its weights in."
+    @property
+    def name(self) -> str: return "FSDP" if self.fsdp else f"ZeRO-{self.zero}" if self.zero else "DDP"
+
+def _fsdp_states(params: int, trained: int, gpus: int, reference: bool, half: bool, largest: int, rest: int) -> dict[str, int]:
+    "Bytes of one process with FSDP."
+    part = lambda n: -(-n // gpus)
+    return {"weights": 4 * part(params), "gradients": 4 * part(trained), "optimizer": 8 * part(trained), "reference": 4 * part(params) if reference else 0,
+            "buckets": 4 * largest, "gathered": 4 * rest + (2 if half else 4) * largest, "gathered to sample": 4 * params}
+
+def states(params: int, trained: int, lay: Layout, reference: bool, half: bool = False, largest: int = 0, rest: int = 0) -> dict[str, int]:
+    "Bytes of one process that stay, and the room to work in; `half`: model.precision is bf16 or fp16, which ZeRO keeps its weights in; `largest`, `rest`: see `Counted`."
+    if lay.fsdp: return _fsdp_states(params, trained, lay.gpus, reference, half, largest, rest)
     N, z, W = lay.gpus, lay.zero, 2 if half and lay.zero else 4
     part = lambda n, stage: -(-n // N) if z >= stage else n
     away = lambda kind: 0 if lay.offload == "params" or lay.offload == kind else 1
@@ -532,18 +544,19 @@ def plan(
     c = _counted(cfg.policy, to_yaml(_what_counts(cfg)), tuple(share_of(cfg, layout.gpus).items()), words)
     has_kl = any(cfg.objective.betas.get(k, cfg.objective.beta) for k in ("text", "image"))
     half = cfg.model.precision != "fp32"
-    s = states(c.params, c.trained, layout, has_kl and not cfg.model.lora_rank, half)
-    copies = 2 * c.trained if half and layout.zero else 0                   # autocast's, in the rehearsal, of weights that ZeRO keeps in 16 bits
+    s = states(c.params, c.trained, layout, has_kl and not cfg.model.lora_rank, half, c.largest, c.rest)
+    cut = layout.zero or layout.fsdp
+    copies = 2 * c.trained if half and cut else 0                           # autocast's, in the rehearsal, of weights that ZeRO keeps and FSDP gathers in 16 bits
     gpu, host, unknown = reward_bytes(cfg)
     stay = {"weights": s["weights"], "optimizer": s["optimizer"], "reference": s["reference"], "reward models": gpu}
     most = lambda *starts: max([v for k, v in c.stages.items() if k.startswith(starts)], default=0)
     kept = {"rollout": c.stages["kept"]}
-    phases = {"sample": stay | {"gathered": s["gathered to sample"], "caches, logits, pictures": max(most("sample", "decode") - copies, 0)},
+    phases = {"sample": stay | {"gathered": s["gathered to sample"], "caches, logits, pictures": max(most("sample", "decode") - copies * (not layout.fsdp), 0)},
               "score": stay | kept,
               "reference": stay | kept | {"gathered": s["gathered"], "activations, logits": max(most("reference") - c.stages["kept"] - copies, 0)},
               "update": stay | kept | {"gathered": s["gathered"], "gradients": s["gradients"], "buckets": s["buckets"], "activations, logits": max(most("update") - c.stages["kept"] - copies, 0)},
               "optimizer step": stay | kept | {"gradients": s["gradients"], "buckets": s["buckets"],
-                                               "step": 0 if layout.offload != "none" else STEP * (c.trained if not layout.zero else -(-c.trained // layout.gpus))}}
+                                               "step": 0 if layout.offload != "none" else STEP * (c.trained if not cut else -(-c.trained // layout.gpus))}}
     if not has_kl: del phases["reference"]
     whole = states(c.params, c.trained, replace(layout, offload="none"), False, half)
     host += sum(whole[k] - s[k] for k in ("weights", "optimizer"))
@@ -553,13 +566,13 @@ def plan(
 # %% ../../nbs/59_train.plan.ipynb #advise
 def _cures(cfg: Config, lay: Layout) -> list:
     "Changes that need less memory, the mildest first; each is (text, settings, changes of the layout)."
-    out = [(f"--zero {z}", (), dict(zero=z)) for z in (1, 2, 3) if z > lay.zero and lay.gpus > 1]
+    out = [(f"--zero {z}", (), dict(zero=z)) for z in (1, 2, 3) if z > lay.zero and lay.gpus > 1 and not lay.fsdp]
     if not cfg.model.checkpoint_activations: out.append(("model.checkpoint_activations=true", ("model.checkpoint_activations=true",), {}))
     if cfg.model.precision == "fp32": out.append(("model.precision=bf16", ("model.precision=bf16",), {}))
     sizes = [m for m in (16, 4, 1) if m < cfg.optimizer.micro_batch]
     out += [(f"optimizer.micro_batch={m}", (f"optimizer.micro_batch={m}",), {}) for m in sizes]
     if cfg.model.logp_chunk > 512: out.append(("model.logp_chunk=512", ("model.logp_chunk=512",), {}))
-    if lay.offload == "none": out.append(("engine.offload=optimizer", (), dict(offload="optimizer")))
+    if lay.offload == "none" and not lay.fsdp: out.append(("engine.offload=optimizer", (), dict(offload="optimizer")))
     if not cfg.model.lora_rank: out.append(("--lora 16", ("model.lora_rank=16",), {}))
     return out
 
@@ -609,7 +622,7 @@ def plan_table(p: Plan):
     "GiB of one GPU, phase by phase."
     from rich.table import Table
     items = list(dict.fromkeys(k for phase in p.phases.values() for k in phase if any(q.get(k) for q in p.phases.values())))
-    how = ("one process" if p.layout.gpus == 1 else f"{p.layout.gpus} GPUs, {f'ZeRO-{p.layout.zero}' if p.layout.zero else 'DDP'}") + f", {gib(p.memory)} GiB each"
+    how = ("one process" if p.layout.gpus == 1 else f"{p.layout.gpus} GPUs, {p.layout.name}") + f", {gib(p.memory)} GiB each"
     t = Table(f"{p.what}\n{how}" + (f"\nwith {' '.join(p.changes)}" if p.changes else "") + "\n\nGiB on each GPU", *("\n" * (2 + bool(p.changes)) + "\n" + k for k in p.phases))
     for c in t.columns[1:]: c.justify = "right"
     for k in items: t.add_row(k, *(gib(q[k]) if q.get(k) else "" for q in p.phases.values()))
@@ -640,8 +653,10 @@ def plan_recipe(
     words: int = 64,                        # in a prompt
     config_file: str | Path | None = None,
     overrides: Iterable[str] = (),
+    fsdp: bool = False,
 ) -> tuple[Plan, Plan | None]:
     "What `unify_rl plan` does."
+    if fsdp and (zero or offload != "none"): raise UserError(f"--fsdp does without DeepSpeed: leave out {f'--zero {zero}' if zero else f'--offload {offload}'}")
     if zero not in range(4): raise UserError(f"--zero is {zero}; ZeRO has the stages 1, 2 and 3, and 0 is DDP")
     if offload != "none" and not zero: raise UserError(f"--offload {offload} needs DeepSpeed: give --zero 1, 2 or 3")
     if offload == "params" and zero != 3: raise UserError("--offload params is of ZeRO-3 only: give --zero 3")
@@ -649,7 +664,7 @@ def plan_recipe(
     if words < 1: raise UserError(f"--words is {words}; it must be at least 1")
     n, memory = parse_gpus(gpus)
     cfg = load_config(recipe, policy, config_file, [*([f"model.lora_rank={lora}"] if lora else []), *overrides])
-    return advise(cfg, memory, Layout(n, zero, offload), words)
+    return advise(cfg, memory, Layout(n, zero, offload, fsdp), words)
 
 def plan_record(p: Plan) -> dict:
     "The plan as plain data."
