@@ -362,13 +362,13 @@ def test_watching_changes_nothing_and_sees_every_step(policy, drawing):
         assert a.logp_old is b.logp_old is None or torch.equal(a.logp_old, b.logp_old)
     assert all(np.array_equal(a, b) for a, b in zip(plain.images, seen.images))
     pictures = [p for p in seen.parts if p.kind == "image"]
-    assert sorted(b for p in pictures for b in p.settings["path"]["states"]) == [1, 2, 4]
+    assert sorted(int(p.rows[i]) for p in pictures for i in p.settings["path"]["states"]) == [1, 2, 4]
     for part in pictures:
         s, path = part.settings, part.settings["path"]
         assert path["steps"] == list(range(5))
         v = policy.velocity(part.context, part.context_index, s["grid"], 1.0, Guidance(**s["guidance"]))
-        for b, states in path["states"].items():
-            i = part.rows.tolist().index(b)
+        for i, states in path["states"].items():
+            b = int(part.rows[i])
             x = torch.zeros(len(part), *states.shape[1:])
             for k in range(5):
                 x[i] = states[k]

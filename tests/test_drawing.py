@@ -1,4 +1,7 @@
 """The policy's own settings of drawing: from the configuration to `sample`, in training and in tests."""
+import threading
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -72,6 +75,35 @@ def test_the_log_shows_how_its_pictures_came_about_and_nobody_watches_otherwise(
         noisy = [k for k, x in enumerate(r["std_path"]) if x > 0]
         assert [not np.isnan(x) for x in r["logp_path"]] == [k in noisy for k in range(S)]
         assert [r["logp_path"][k] for k in noisy] == (r["logp_image"] if noisy else []) and len(noisy) == drawing.get("window", 0)
+
+
+def test_portions_are_judged_far_away_while_the_next_is_drawn_and_change_nothing(tmp_path, monkeypatch):
+    from dataclasses import replace
+    events, threads = [], []
+    def judge(prompts_B, rollout):
+        events.append(("judged", len(rollout))); threads.append(threading.current_thread())
+        return redness.judge(prompts_B, rollout)
+    real = BagelPolicy.sample
+    def sample(self, prompts, *args, **kw):
+        if len(events): time.sleep(0.2)                                     # a slow portion: the one before is judged by then
+        events.append(("drawn", len(prompts))); return real(self, prompts, *args, **kw)
+    monkeypatch.setattr(BagelPolicy, "sample", sample)
+    found = []
+    for portions in (1, 2, 3):
+        t = trainer(tmp_path/str(portions), dict(estimator="sde", steps=4, window=2), rollout=dict(prompts=3, group_size=2, max_text=4, portions=portions,
+                    drawing=dict(estimator="sde", steps=4, window=2)), log=dict(groups_every=1))
+        t.rewards[0] = replace(redness, judge=judge, remote=True)
+        events.clear(); threads.clear()
+        m = t.step()
+        assert [n for what, n in events if what == "drawn"] == [-(-3 // portions)] * (3 // -(-3 // portions)) + [3 % -(-3 // portions)] * (3 % -(-3 // portions) > 0)
+        last = max(i for i, (what, _) in enumerate(events) if what == "drawn")
+        if portions == 3: assert any(what == "judged" for what, _ in events[:last])      # one of the first two has a picture
+        assert all(th is not threading.main_thread() for th in threads)
+        rows = read_rows(tmp_path/str(portions), 1)
+        found.append(({k: v for k, v in m.items() if not k.startswith("seconds")}, [(r["prompt_id"], r["sample"], r["raw_redness"] if r["task"] != "answer" else None, r["text"], r["advantage"], len(r["order_path"] or ())) for r in rows]))
+    for m, rows in found[1:]:
+        assert rows == found[0][1] and m.keys() == found[0][0].keys()
+        assert all(abs(v - found[0][0][k]) < 1e-5 or v != v for k, v in m.items() if isinstance(v, float))
 
 
 def test_two_updates_with_a_reference(tmp_path):

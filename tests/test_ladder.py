@@ -250,7 +250,19 @@ def export(root, to):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-RULES = [names_and_numbers, one_notebook_one_module, theory_exports_nothing, nobody_imports_theory, imports_go_down, no_orphans, ids, small,
+def exercises(root):
+    "Every lesson ends with two or three exercises, each with a check in a code cell `exercise-N`."
+    for path in notebooks(root):
+        asked = [source(c).split("## Exercises")[-1] for c in cells(path, "markdown") if "## Exercises" in source(c)]
+        numbers = re.findall(r"^(\d)\. ", asked[-1], re.M) if asked else []
+        if numbers not in (["1", "2"], ["1", "2", "3"]): yield f"{path.name}: it should end with two or three exercises, numbered from 1; found {numbers}"
+        checks = {c.get("id"): source(c) for c in cells(path) if str(c.get("id")).startswith("exercise-")}
+        for n in numbers:
+            if not re.search(r"assert |test_\w+\(", checks.pop(f"exercise-{n}", "")): yield f"{path.name}: exercise {n} has no check"
+        for i in checks: yield f"{path.name}: {i} belongs to no exercise"
+
+
+RULES = [exercises, names_and_numbers, one_notebook_one_module, theory_exports_nothing, nobody_imports_theory, imports_go_down, no_orphans, ids, small,
          headings, no_errors_stored, no_star_imports, data_is_not_code, in_sync]
 
 
@@ -266,6 +278,8 @@ def notebook(path, *sources, **first):
     blank = dict(cell_type="code", metadata={}, execution_count=None, outputs=[])
     made = [dict(blank, id=f"c{i}", source=text) for i, text in enumerate(sources)]
     made[0].update(first)
+    made.append(dict(cell_type="markdown", metadata={}, id="exercises", source="## Exercises\n\n1. Add.\n2. Subtract.\n"))
+    made += [dict(blank, id=f"exercise-{n}", source="assert 1 + 1 == 2") for n in (1, 2)]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(dict(cells=made, metadata={}, nbformat=4, nbformat_minor=5)), encoding="utf-8")
 
@@ -302,7 +316,22 @@ def module(name, text): return lambda root: (root / LIB / name).write_text(text,
 def core(text): return module("core.py", text)
 
 
+def reworded(name, cell, text):
+    "Another text for one cell of a lesson."
+    def plant(root):
+        path = root / "nbs" / name
+        made = json.loads(path.read_text(encoding="utf-8"))
+        for c in made["cells"]:
+            if c["id"] == cell: c["source"] = text
+        path.write_text(json.dumps(made), encoding="utf-8")
+    return plant
+
+
 FAULTS = [
+    (exercises, reworded("02_area.two.ipynb", "exercises", "## Exercises\n\n1. Add.\n"), "two or three exercises, numbered from 1; found ['1']"),
+    (exercises, reworded("02_area.two.ipynb", "exercises", "## The end"), "two or three exercises, numbered from 1; found []"),
+    (exercises, reworded("90_theory.ipynb", "exercise-2", "1 + 1"), "90_theory.ipynb: exercise 2 has no check"),
+    (exercises, reworded("90_theory.ipynb", "exercises", "## Exercises\n\n1. Add.\n2. Subtract.\n3. Think.\n"), "90_theory.ipynb: exercise 3 has no check"),
     (names_and_numbers, lesson("intro.ipynb", "1"), "intro.ipynb: not of the form"),
     (names_and_numbers, lesson("02_other.ipynb", "#| default_exp other"), "number 02 is taken by 02_area.two.ipynb"),
     (names_and_numbers, lesson("03_new.ipynb", "#| default_exp old"), "should be called 03_old.ipynb"),

@@ -450,9 +450,9 @@ class Witness:
             return velocity(x, t)
         return v
 
-    def of(self, rows: Tensor) -> dict:
-        "Row of the rollout -> [F, L, C]."
-        return {int(rows[i]): x for i, x in zip(self.spots, torch.stack(self.states, 1))}
+    def kept(self) -> dict:
+        "Position among the rows that are drawn together -> [F, L, C]."
+        return dict(zip(self.spots, torch.stack(self.states, 1)))
 
 # %% ../../nbs/22_policies.bagel.ipynb #policy
 class BagelPolicy(Policy):
@@ -831,7 +831,7 @@ class BagelPolicy(Policy):
         if actions is None: return
         scored = cfg if logp == "guided" else 1.0
         settings = flow | dict(estimator=d.estimator, grid=grid, cfg=scored, guidance=asdict(guidance), seed=seed, group_size=G, draw_shift=d.draw_shift, subspace=d.subspace)
-        if witness.spots: settings["path"] = dict(steps=witness.steps, states=witness.of(rows))
+        if witness.spots: settings["path"] = dict(steps=witness.steps, states=witness.kept())
         part = Part("image", rows, actions, torch.ones(actions.shape[:2], dtype=torch.bool, device=self.device), context, index, settings=settings,
                     targets=dict(draw=group_numbers(out.prompts, which, G).to(self.device)))
         part.logp_old = s.logp if window and scored == cfg else None        # or nothing was recorded: the first update computes it anyway

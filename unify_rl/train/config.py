@@ -46,6 +46,7 @@ class RolloutConfig:
     cfg: float = 1.0                            # guidance scale of pictures; 1: none
     logp: Literal["conditional", "guided"] = "conditional"    # log-probs of the conditional or of the guided distribution
     max_text: int = 64                          # tokens of an answer at most
+    portions: int = 1                           # prompts are drawn in so many portions; reward servers judge one while the next is drawn
     drawing: dict[str, Any] = field(default_factory=dict)     # the policy's own settings of drawing, e.g. {steps: 15, window: 2}
     outputs: Literal["sampled", "given"] = "sampled"          # learn from the policy's own outputs, or from those of the data
 
@@ -259,7 +260,7 @@ AT_LEAST = {    # smallest value -> keys
     0: ("seed", "threads", "engine.zero", "rollout.cfg", "objective.clip_low", "objective.clip_high", "objective.beta", "optimizer.weight_decay",
         "optimizer.beta1", "optimizer.beta2", "optimizer.warmup", "model.lora_rank", "model.experts", "log.groups_every", "log.groups_max", "log.agreement_every",
         "checkpoint.every", "evaluate.cfg", "objective.teacher_layer"),
-    1: ("steps", "rollout.prompts", "rollout.max_text", "objective.updates", "optimizer.micro_batch", "model.logp_chunk", "model.top_k",
+    1: ("steps", "rollout.prompts", "rollout.max_text", "rollout.portions", "objective.updates", "optimizer.micro_batch", "model.logp_chunk", "model.top_k",
         "checkpoint.keep", "evaluate.prompts", "evaluate.batch", "rollout.group_size", "data.max_pixels")}
 ABOVE_0 = ("rollout.temperature", "rollout.top_p", "advantage.eps", "optimizer.lr", "optimizer.grad_norm", "model.lora_alpha",
            "evaluate.temperature", "engine.timeout")
@@ -290,6 +291,7 @@ def check(
     need(not cfg.engine.zero and not cfg.engine.fsdp or not cfg.log.agreement_every, "log.agreement_every", f"0 with {spread}: it compares whole gradients")
     need(cfg.engine.zero < 3 and not cfg.engine.fsdp or not cfg.model.experts, "model.experts", f"0 with {spread}: which experts a pass needs differs between processes, and all must gather the same")
     need(cfg.rollout.group_size == 1 or cfg.rollout.outputs == "sampled", "rollout.group_size", "1, since rollout.outputs=given has one output a prompt")
+    need(cfg.rollout.portions == 1 or cfg.rollout.outputs == "sampled", "rollout.portions", "1, since rollout.outputs=given draws nothing")
     for p, v in value.items(): need(v != math.inf or p in MAY_BE_INFINITE, p, "finite")
     for p in ("policy", "run_dir", "data.source"): need(value[p].strip(), p, "given")
     _check_tasks(cfg.data.tasks)

@@ -18,7 +18,7 @@ from typing import Callable
 import numpy as np
 import torch
 
-from ..core import Rollout, UserError, generator_for, rng_for
+from ..core import Rollout, UserError, generator_for, join_rollouts, rng_for
 from ..data.stream import PromptStream, load_outputs
 from ..grpo.advantage import Advantages, advantages
 from ..grpo.agreement import AgreementMeter
@@ -26,7 +26,7 @@ from ..grpo.kl import kl_estimate
 from ..grpo.objective import objective, token_weights
 from ..policies.base import Policy
 from ..rewards.siglip import load_siglip
-from ..rewards.verifiable import ask_ahead, score
+from ..rewards.verifiable import all_answers, ask_ahead, score
 from .checkpoint import load_checkpoint, rng_state, save_checkpoint, set_rng_state
 from .config import Config
 from .engine import build_engine
@@ -106,17 +106,13 @@ class Trainer:
         "Sample, score, compare, update; returns the step's metrics."
         cfg, engine, clock = self.cfg, self.engine, defaultdict(float)
         prompts, extra = self._prompts()
-        generator = generator_for(cfg.seed, "rollout", self.done, device=self.policy.device.type)
         with phase(clock, "sample"), engine.whole() as policy, engine.autocast():
-            policy.watch = (self._logged(len(prompts) - extra, cfg.rollout.group_size), PATH_PIXELS) if self._keeps(self.done + 1) else ((), 0)
-            rollout = dict(sampled=self._sample, given=self._given)[cfg.rollout.outputs](policy, prompts, generator)
-            policy.watch = (), 0
+            rollout, asked = self._draw(policy, prompts, self._logged(len(prompts) - extra, cfg.rollout.group_size) if self._keeps(self.done + 1) else [])
             if cfg.objective.further: policy.prepare(rollout)
             if len({b for p in rollout.parts for b in p.rows.tolist()}) < len(rollout):
                 raise UserError(f"{self.policy.name} kept no actions of some outputs, so there is nothing to learn from; "
                                 f"is rollout.drawing {cfg.rollout.drawing} meant for tests?")
         prompts_B = [rollout.prompt(b) for b in range(len(rollout))]
-        asked = ask_ahead(self.rewards, prompts_B, rollout)                            # reward servers think while the reference works
         with phase(clock, "reference"): self._score_reference([p for p in rollout.parts if self.betas[p.kind]], rollout)
         with phase(clock, "score"):
             table = score(self.rewards, prompts_B, rollout, cfg.on_error, asked)
@@ -129,6 +125,19 @@ class Trainer:
         metrics = self._metrics(rollout, table, adv, own_B, stats, clock)
         if self._keeps(self.done): self._log_groups(rollout, table, adv, rows, newest, extra)
         return metrics
+
+    def _draw(self, policy: Policy, prompts: list, logged: list) -> tuple[Rollout, dict]:
+        "The step's outputs, and what was asked of reward servers: they judge one portion while the next is drawn, and the last while the reference works."
+        r, rollouts, asked = self.cfg.rollout, [], []
+        size = math.ceil(len(prompts) / r.portions)
+        for at in range(0, len(prompts), size):
+            here = [b - at * r.group_size for b in logged if at <= b // r.group_size < at + size]
+            policy.watch = here, PATH_PIXELS * len(here) // max(len(logged), 1)
+            generator = generator_for(self.cfg.seed, "rollout", self.done, device=self.policy.device.type)      # the same dice: noise goes by the prompts' names
+            rollouts.append(dict(sampled=self._sample, given=self._given)[r.outputs](policy, prompts[at:at + size], generator))
+            asked.append(ask_ahead(self.rewards, [p for p in prompts[at:at + size] for _ in range(r.group_size)], rollouts[-1]))
+        policy.watch = (), 0
+        return (rollouts[0], asked[0]) if len(rollouts) == 1 else (join_rollouts(rollouts), all_answers(asked))
 
     def _keeps(self, step: int) -> bool:
         "Are the groups of this step kept, and by this process?"

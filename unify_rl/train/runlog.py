@@ -194,7 +194,7 @@ def action_columns(
     for part in parts:
         at = (part.rows == b).nonzero()
         if not len(at): continue
-        for name, values in (_of_part(part, int(at[0, 0]), newest.get((id(part), b)), decode) | _of_path(part, int(at[0, 0]), b)).items():
+        for name, values in (_of_part(part, int(at[0, 0]), newest.get((id(part), b)), decode) | _of_path(part, int(at[0, 0]))).items():
             if values is not None: out[name] = out.get(name, []) + values
     return out
 
@@ -211,10 +211,10 @@ def _of_part(part, i: int, new, decode) -> dict:
     tokens = {"tokens": decode(actions[keep].tolist())} if k == "text" else {}
     return {f"logp_{k}": known(old), f"ratio_{k}": known(ratio), f"order_{k}": None if order is None else order[keep].tolist()} | tokens
 
-def _of_path(part, i: int, b: int) -> dict:
+def _of_path(part, i: int) -> dict:
     "Number, time, standard deviation and log-probability of the steps of a flow whose states were kept; a step without noise has 0 and NaN."
     path, s = part.settings.get("path"), part.settings
-    if not path or b not in path["states"]: return {}
+    if not path or i not in path["states"]: return {}
     steps, old = path["steps"], part.logp_old[i].tolist() if part.logp_old is not None and part.logp_old[i].any() else ()
     noisy = _noisy_steps(s)["std"] if s["window"] else []
     std, logp = dict(zip(s["window"], noisy)), dict(zip(s["window"], old))
@@ -263,7 +263,7 @@ def _states(part, b: int):
     import torch
     at = (part.rows == b).nonzero()
     if not len(at): return None
-    kept = part.settings.get("path", {}).get("states", {}).get(b)
+    kept = part.settings.get("path", {}).get("states", {}).get(int(at[0, 0]))
     if kept is not None or not part.settings.get("window"): return kept
     path = part.actions[int(at[0, 0])]                                      # [T, 2, L, C]
     return torch.cat([path[:1, 0], path[:, 1]])
