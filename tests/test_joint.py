@@ -19,7 +19,7 @@ from unify_rl.train.config import load_config
 from unify_rl.train.loop import Trainer
 from unify_rl.train.pretrain import vocabulary
 from unify_rl.train.runlog import RunLog
-from unify_rl.world.questions import joint_prompts
+from unify_rl.world.questions import joint_prompts, question_prompts
 
 redness = per_sample("redness", lambda prompt, text, image: float(image[..., 0].mean()) / 255, tasks=("joint",))
 wordy = per_sample("wordy", lambda prompt, text, image: float(len(text)), tasks=("joint",))
@@ -137,3 +137,19 @@ def test_a_trainer_with_that_mistake_says_so_in_its_first_step(tmp_path, monkeyp
     assert abs(ratio("right") - 1) < 1e-4
     monkeypatch.setattr(J, "states_before", extend)                         # the states after the tokens
     assert abs(ratio("wrong") - 1) > .05
+
+
+@pytest.mark.parametrize("name", ["tiny-janus", "tiny-bagel"])
+def test_answers_of_one_token_call_every_layer_as_often_as_longer_ones(name):
+    "Where parameters are gathered layer by layer, a process that calls a layer less often than the others would leave them waiting."
+    policy, prompts = unify_rl.load_policy(name), question_prompts("train", 2)
+    calls, scores = [], []
+    for T in (1, 3):
+        part = policy.sample(prompts, 2, torch.Generator().manual_seed(0), max_text=T).parts[0]
+        seen = []
+        hooks = [m.register_forward_hook(lambda *_, n=n: seen.append(n)) for n, m in policy.named_modules()]
+        scores.append((policy(part).exp() / part.logp_old.exp())[part.mask].detach())
+        for h in hooks: h.remove()
+        calls.append(sorted(seen))
+    assert calls[0] == calls[1]
+    assert all((r - 1).abs().max() < 1e-4 for r in scores)

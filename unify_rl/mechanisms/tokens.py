@@ -217,9 +217,9 @@ def token_logp(
 # %% ../../nbs/10_mechanisms.tokens.ipynb #aligned
 def states_before(lm, prefix: Prefix, index_b: Tensor, embeds_bTD: Tensor, remat: bool = False) -> Tensor:
     "[b, T, D]: the hidden state that predicts each of the T tokens whose embeddings are given."
-    first = prefix.last_nD[index_b, None]
-    if embeds_bTD.shape[1] == 1: return first
-    return torch.cat([first, extend(lm, prefix, index_b, embeds_bTD[:, :-1], remat)], 1)
+    T = embeds_bTD.shape[1]
+    after = extend(lm, prefix, index_b, embeds_bTD[:, :max(T - 1, 1)], remat)           # of a single token nothing is needed, but all processes must call the same layers
+    return torch.cat([prefix.last_nD[index_b, None], after], 1)[:, :T]
 
 # %% ../../nbs/10_mechanisms.tokens.ipynb #fuse
 def _effective(linear) -> tuple[Tensor, Tensor | None]:

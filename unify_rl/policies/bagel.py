@@ -857,12 +857,12 @@ class BagelPolicy(Policy):
 
     def _text_logp(self, part):
         prefix, index, T = self.prefix(part.context), part.context_index, part.actions.shape[1]
-        states = prefix.last_nD[index, None]
-        if T > 1:
-            pos = prefix.length_n[index, None] + torch.arange(T - 1, device=index.device)
-            causal = torch.ones(T - 1, T - 1, dtype=torch.bool, device=index.device).tril()
-            route = make_route(torch.zeros(len(index), T - 1, dtype=torch.bool))
-            states = torch.cat([states, self._continue(prefix, index, self.body.embed_tokens(part.actions[:, :-1]), pos, route, causal)], 1)
+        told = part.actions[:, :max(T - 1, 1)]                         # of a single token nothing is needed, but all processes must call the same layers
+        n = told.shape[1]
+        pos = prefix.length_n[index, None] + torch.arange(n, device=index.device)
+        causal, route = torch.ones(n, n, dtype=torch.bool, device=index.device).tril(), make_route(torch.zeros(len(index), n, dtype=torch.bool))
+        after = self._continue(prefix, index, self.body.embed_tokens(told), pos, route, causal)
+        states = torch.cat([prefix.last_nD[index, None], after], 1)[:, :T]
         s = part.settings
         return token_logp(states, self.net.language_model.lm_head, part.actions, None, 1.0, s.get("temperature", 1), s.get("top_p", 1), self.logp_chunk)
 
