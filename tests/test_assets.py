@@ -244,3 +244,14 @@ def test_tiny_dimoo_is_on_policy(dimoo, mixed, drawing):
     for part in rollout.parts:
         with torch.no_grad(): ratio = (dimoo(part) - torch.cat([dimoo(piece) for piece in part.split(7)])).exp()[part.mask]
         assert (ratio - 1).abs().max() < 1e-4
+
+
+def test_the_shipped_subspace_is_the_one_its_command_finds(tmp_path):
+    "As a subspace: the sign and, for equal sizes, the order of directions are nobody's business."
+    from unify_rl.cli import main
+    from unify_rl.policies.bagel import read_subspace
+    assert main(["subspace", "tiny-bagel", "--out", str(tmp_path/"again.safetensors")]) == 0
+    shipped, again = read_subspace("tiny-bagel"), read_subspace(str(tmp_path/"again.safetensors"))
+    assert shipped.shape == again.shape == (64, 288)
+    assert (shipped.T @ shipped - again.T @ again).norm() < 0.05
+    assert (shipped.T @ shipped - again[:63].T @ again[:63]).norm() > 0.9

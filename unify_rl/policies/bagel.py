@@ -30,8 +30,8 @@ from .base import Policy, check_keys, check_picture, check_types, file_shapes, f
 from .janus import TAGS
 
 # %% auto #0
-__all__ = ['VAE_NAMES', 'LLM_KEYS', 'VIT_KEYS', 'FILES', 'SPECIALS', 'THINK', 'RENORMS', 'GUIDANCE', 'SUBSPACE', 'ESTIMATORS',
-           'FULL', 'NO_TEXT', 'NO_IMAGE', 'TEXT', 'VIT', 'VAE', 'patchify', 'unpatchify', 'places', 'sincos_table',
+__all__ = ['VAE_NAMES', 'LLM_KEYS', 'VIT_KEYS', 'FILES', 'SPECIALS', 'THINK', 'RENORMS', 'GUIDANCE', 'ESTIMATORS', 'FULL',
+           'NO_TEXT', 'NO_IMAGE', 'TEXT', 'VIT', 'VAE', 'patchify', 'unpatchify', 'places', 'sincos_table',
            'SiglipLayer', 'SiglipTower', 'Bagel', 'vae_name', 'vae_state', 'new_vae', 'vae_sizes', 'read_config',
            'check_vae', 'build', 'open_folder', 'bagel_shapes', 'qwen_words', 'new_bagel', 'Guidance', 'guide_velocity',
            'Drawing', 'Estimator', 'save_subspace', 'read_subspace', 'basis_of', 'layout', 'GroupDecoder', 'kept_steps',
@@ -311,7 +311,7 @@ class Drawing:
     window: int = 2             # sde: how many steps are stochastic and trained
     low: int = 0                # sde: the window lies in steps low ...
     high: int = 0               # ... high - 1; 0: all but the last
-    subspace: str = ""          # sde: its noise keeps to these directions: a file (`unify_rl subspace` makes one) or a shipped policy that has one; '': all
+    subspace: str = ""          # sde: its noise keeps to these directions: a file (`unify_rl subspace` makes one) or a policy for which one is shipped; '': all
     same_start: bool = False    # a group starts from one noise, so that its pictures differ by their stochastic steps alone
     noise_level: float = 0.7    # sde
     form: str = "flow_sde"      # sde: 'flow_sde', 'dance' or 'cps'
@@ -334,8 +334,6 @@ class Estimator(NamedTuple):
     logp: Callable          # (location, part) -> [b, T]
     kl: Callable            # (location, the reference's, part) -> [b, T]
 
-SUBSPACE = "subspace.safetensors"
-
 def save_subspace(path: str | Path, directions: Tensor) -> None:
     "Write directions [k, D] where `drawing.subspace` can find them."
     from safetensors.torch import save_file
@@ -343,9 +341,9 @@ def save_subspace(path: str | Path, directions: Tensor) -> None:
 
 @lru_cache(maxsize=4)
 def read_subspace(name: str) -> Tensor:     # [k, D]
-    "The directions in a file, or those that come with a shipped policy."
+    "The directions in a file, or those that are shipped for a policy."
     from safetensors.torch import load_file
-    shipped = Path(str(files("unify_rl")/"assets"/name/SUBSPACE))
+    shipped = Path(str(files("unify_rl")/"assets"/"subspaces"/f"{name}.safetensors"))
     path = shipped if shipped.is_file() else Path(name).expanduser()
     if not path.is_file(): raise UserError(f"drawing.subspace: there is no file {name}. Make one: unify_rl subspace POLICY --out {name if name.endswith('.safetensors') else 'FILE'}")
     try: rows = load_file(path)["directions"]
