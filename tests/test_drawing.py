@@ -161,6 +161,15 @@ def test_a_subspace_of_other_pictures_or_of_crooked_directions_is_refused(tmp_pa
     with pytest.raises(UserError, match="not orthonormal"): bagel().check_drawing(dict(estimator="sde", subspace=str(tmp_path/"crooked")))
 
 
+def test_a_subspace_that_was_found_anew_is_read_anew(tmp_path):
+    import os
+    from unify_rl.policies.bagel import read_subspace, save_subspace
+    file = tmp_path/"file.safetensors"
+    for n, time_ns in ((2, 10**18), (3, 2 * 10**18)):
+        save_subspace(file, torch.eye(5)[:n]); os.utime(file, ns=(time_ns, time_ns))
+        assert len(read_subspace(str(file))) == n
+
+
 def test_a_reward_that_learns_is_refused_in_several_processes(tmp_path, monkeypatch):
     from unify_rl.train import engine
     from unify_rl.rewards.verifiable import Reward

@@ -847,6 +847,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'unify_rl.policies.bagel._draws': ('policies.bagel.html#_draws', 'unify_rl/policies/bagel.py'),
                                          'unify_rl.policies.bagel._holder': ('policies.bagel.html#_holder', 'unify_rl/policies/bagel.py'),
                                          'unify_rl.policies.bagel._path': ('policies.bagel.html#_path', 'unify_rl/policies/bagel.py'),
+                                         'unify_rl.policies.bagel._read_rows': ( 'policies.bagel.html#_read_rows',
+                                                                                 'unify_rl/policies/bagel.py'),
                                          'unify_rl.policies.bagel._rule': ('policies.bagel.html#_rule', 'unify_rl/policies/bagel.py'),
                                          'unify_rl.policies.bagel._scale_init': ( 'policies.bagel.html#_scale_init',
                                                                                   'unify_rl/policies/bagel.py'),

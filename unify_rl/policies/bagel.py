@@ -339,29 +339,32 @@ def save_subspace(path: str | Path, directions: Tensor) -> None:
     from safetensors.torch import save_file
     save_file(dict(directions=directions.float().contiguous()), path)
 
-@lru_cache(maxsize=4)
-def read_subspace(name: str) -> Tensor:     # [k, D]
-    "The directions in a file, or those that are shipped for a policy."
-    from safetensors.torch import load_file
+def read_subspace(name: str, device: torch.device | str = "cpu") -> Tensor:     # [k, D]
+    "The directions in a file, or those that are shipped for a policy. A file is read once, and again when it has changed."
     shipped = Path(str(files("unify_rl")/"assets"/"subspaces"/f"{name}.safetensors"))
     path = shipped if shipped.is_file() else Path(name).expanduser()
     if not path.is_file(): raise UserError(f"drawing.subspace: there is no file {name}. Make one: unify_rl subspace POLICY --out {name if name.endswith('.safetensors') else 'FILE'}")
+    return _read_rows(path, path.stat().st_mtime_ns, str(device))
+
+@lru_cache(maxsize=4)
+def _read_rows(path: Path, changed: int, device: str) -> Tensor:
+    from safetensors.torch import load_file
     try: rows = load_file(path)["directions"]
     except Exception as e: raise UserError(f"drawing.subspace: {path} holds no directions ({type(e).__name__}). Make it anew: unify_rl subspace POLICY --out {path}") from e
     if rows.ndim != 2 or not torch.allclose(rows @ rows.T, torch.eye(len(rows)), atol=1e-3):
         raise UserError(f"drawing.subspace: the directions of {path}, {tuple(rows.shape)}, are not orthonormal rows. Make it anew: unify_rl subspace POLICY --out {path}")
-    return rows
+    return rows.to(device)
 
-def basis_of(subspace: str, places: int, channels: int) -> Tensor | None:
-    "The directions for latents [places, channels]; None: all of them."
+def basis_of(subspace: str, x: Tensor) -> Tensor | None:
+    "The directions for latents [..., places, channels], where those are; None: all of them."
     if not subspace: return None
-    rows = read_subspace(subspace)
+    rows, (places, channels) = read_subspace(subspace, x.device), x.shape[-2:]
     if rows.shape[1] != places * channels:
         raise UserError(f"drawing.subspace: {subspace} has directions of {rows.shape[1]} numbers, but these pictures have {places} x {channels}. "
                         "It is for another policy or size; make one for this: unify_rl subspace POLICY --out FILE")
     return rows
 
-def _path(part, *more): return {k: part.settings[k] for k in ("times", "window", "noise_level", "form", *more)} | dict(basis=basis_of(part.settings["subspace"], *part.actions.shape[-2:]))
+def _path(part, *more): return {k: part.settings[k] for k in ("times", "window", "noise_level", "form", *more)} | dict(basis=basis_of(part.settings["subspace"], part.actions))
 def _rule(part): return _path(part, "reduction", "weighting")
 
 def _draws(part):
@@ -822,7 +825,7 @@ class BagelPolicy(Policy):
         if ahead: noise = sample_flow(witness.over(self.velocity(context, index[::G], grid, cfg, guidance), G), noise[::G], times[:ahead + 1]).final      # once a group
         elif d.same_start: noise = noise[::G]
         if d.same_start: noise = noise.repeat_interleave(G, 0)
-        s = sample_flow(witness.over(self.velocity(context, index, grid, cfg, guidance)), noise, generator=noises, basis=basis_of(d.subspace, *noise.shape[1:]),
+        s = sample_flow(witness.over(self.velocity(context, index, grid, cfg, guidance)), noise, generator=noises, basis=basis_of(d.subspace, noise),
                         **flow | dict(times=times[ahead:], window=[i - ahead for i in window]))
         for b, im in zip(rows.tolist(), self.pictures(s.final, grid)): out.images[b] = im
         actions = e.actions(s, d)
