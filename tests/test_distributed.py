@@ -80,6 +80,9 @@ def runs(base) -> Path:
     two = [run(d/f"janus-{z}", how) for z, how in ENGINES.items() if z not in ("0", "2")] + [run(d/f"bagel-{z}", how, recipe="lvrpo", policy="tiny-bagel") for z, how in ENGINES.items()]
     two += [run(d/f"{name}-{z}", *more, ENGINES[z]) for name, more in (("uneven", ["rollout.prompts=3"]), ("lora", ["model.lora_rank=4"])) for z in ("0", "3", "fsdp")]
     two += [run(d/"lean-fsdp", *LEAN, ENGINES["fsdp"])]
+    two += [run(d/f"uneven-{z}-layer", "rollout.prompts=3", ENGINES[z], "engine.gather=layer") for z in ("3", "fsdp")]
+    two += [run(d/"lora-fsdp-layer", "model.lora_rank=4", ENGINES["fsdp"], "engine.gather=layer")]
+    two += [run(d/"bagel-3-layer", ENGINES["3"], "engine.gather=layer", recipe="lvrpo", policy="tiny-bagel")]
     two += [run(d/f"halt-{z}", "steps=2", how) for z, how in ENGINES.items()] + [run(d/f"stay-{z}", "steps=2", ENGINES[z]) for z in ("3", "fsdp")]
     code, err, _ = launch(d, two)
     assert code == 0, err[-3000:]
@@ -99,6 +102,12 @@ def test_two_processes_do_what_one_does(runs, policy, engine): same(runs/policy,
 @pytest.mark.parametrize("engine", ["0", "3", "fsdp"])
 @pytest.mark.parametrize("name", ["uneven", "lora"])
 def test_uneven_shares_and_adapters(runs, name, engine): same(runs/name, runs/f"{name}-{engine}")
+
+
+@pytest.mark.parametrize("name", ["uneven-3", "uneven-fsdp", "lora-fsdp", "bagel-3"])
+def test_layer_by_layer_the_same_is_drawn(runs, name):
+    "Weights gathered for a whole rollout, or each layer's while a pass is in it: the same numbers, to the last bit. Answers end at different times in the two processes, and of three prompts one has two."
+    assert numbers(runs/name) == numbers(runs/f"{name}-layer")
 
 
 def test_pieces_gathered_in_16_bits_and_activations_that_are_recomputed(runs):
@@ -168,17 +177,18 @@ def further(tmp_path_factory, pairs) -> Path:
     d = tmp_path_factory.mktemp("further")
     def both(where): return [run(d/f"tested-{where}", *TESTED), dict(recipe="pairuni", policy="tiny-janus", overrides=[f"run_dir={d}/pairs-{where}", *PAIRED, f"data.path={pairs}"])]
     for spec in both("one"): train(progress=False, **spec)
-    code, err, _ = launch(d, both("two"))
+    code, err, _ = launch(d, [*both("two"), run(d/"tested-layer", *TESTED, ENGINES["fsdp"], "engine.gather=layer")])
     assert code == 0, err[-3000:]
     return d
 
 
 def test_a_test_is_shared_out_and_its_verdicts_are_the_same(further):
-    "12 prompts a suite, 6 a process: the verdicts of each prompt before and after, in the order that one process has them in."
-    same(further/"tested-one", further/"tested-two")
-    for name in ("before", "after"):
-        one, two = (verdicts(further/f"tested-{where}", name) for where in ("one", "two"))
-        assert [len(s["rows"]) for s in one.values()] == [12, 12] and one == two
+    "12 prompts a suite in batches of 5, two for one process and one for the other: the verdicts of each prompt before and after, in the order that one process has them in."
+    for other in ("two", "layer"):
+        same(further/"tested-one", further/f"tested-{other}")
+        for name in ("before", "after"):
+            one, two = (verdicts(further/f"tested-{where}", name) for where in ("one", other))
+            assert [len(s["rows"]) for s in one.values()] == [12, 12] and one == two
 
 
 def test_pairs_by_two_processes_as_by_one(further): same(further/"pairs-one", further/"pairs-two")

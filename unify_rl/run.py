@@ -422,7 +422,7 @@ def _run_one(cfg: Config, resume: bool, prompts: list | None, rewards: list | No
         "The verdicts of a test, which all processes make together if it has not been made; only the first process has them."
         found = read_verdicts(log.dir, name) if engine.main else None
         if engine.any(found is not None): return found
-        with engine.whole() as policy: made = run_suites(policy, cfg.evaluate, cfg.seed, cfg.rollout.max_text, screen, name, engine)
+        with engine.sampling() as policy: made = run_suites(policy, cfg.evaluate, cfg.seed, cfg.rollout.max_text, screen, name, engine)
         if engine.main: write_verdicts(log, name, made)
         return made
     if known and engine.main and not (log.dir/"eval"/"before.json").exists(): take_verdicts(log, "before", *known)

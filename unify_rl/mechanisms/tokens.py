@@ -11,7 +11,7 @@ from typing import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
@@ -20,7 +20,7 @@ from ..core import UserError
 
 # %% auto #0
 __all__ = ['guide', 'shape_logits', 'Prefix', 'run_layers', 'encode_prefix', 'extend', 'lengthen', 'token_logp', 'states_before',
-           'uniform', 'pick', 'Sampled', 'sample_tokens']
+           'StreamedLayers', 'uniform', 'pick', 'Sampled', 'sample_tokens']
 
 # %% ../../nbs/10_mechanisms.tokens.ipynb #shape
 def guide(
@@ -221,6 +221,26 @@ def states_before(lm, prefix: Prefix, index_b: Tensor, embeds_bTD: Tensor, remat
     after = extend(lm, prefix, index_b, embeds_bTD[:, :max(T - 1, 1)], remat)           # of a single token nothing is needed, but all processes must call the same layers
     return torch.cat([prefix.last_nD[index_b, None], after], 1)[:, :T]
 
+# %% ../../nbs/10_mechanisms.tokens.ipynb #streamed
+class StreamedLayers(nn.ModuleList):
+    "A stack of layers, each of which has its weights only while a pass is in it."
+    def __init__(
+        self,
+        layers: Iterable[nn.Module],
+        bring: Callable,            # (list of the layers) -> iterator over them that brings the weights of each, and takes them away when it is asked for the next
+    ):
+        super().__init__(layers)
+        self.bring = bring
+
+    def __iter__(self): return iter(self.bring(list(self._modules.values())))
+
+    def __getitem__(self, i):
+        if not isinstance(i, slice): return super().__getitem__(i)
+        if range(len(self))[i] != range(len(self)): raise UserError(f"weights come layer by layer, for passes through all {len(self)} layers in order; this one leaves some out")
+        return self
+
+    __repr__ = nn.Module.__repr__           # nn.ModuleList's would be a pass
+
 # %% ../../nbs/10_mechanisms.tokens.ipynb #fuse
 def _effective(linear) -> tuple[Tensor, Tensor | None]:
     "Weight and bias of a linear layer, with active LoRA adapters added in."
@@ -235,26 +255,37 @@ def _join(*linears) -> tuple[Tensor, Tensor | None]:
     ws, bs = zip(*map(_effective, linears))
     return torch.cat(ws), None if bs[0] is None else torch.cat(bs)
 
+def _rounded(x: Tensor | None) -> Tensor | None:
+    "As autocast, if it is on, would have x in a matrix product."
+    if x is None or not torch.is_autocast_enabled(x.device.type): return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
+
 class _Decoder:
     "A key-value-cached decoder for groups: rows `i·G … i·G+G-1` continue prompt i."
     def __init__(self, lm, prefix: Prefix, group_size: int, steps: int):
         att = lm.layers[0].self_attn
         self.lm, self.prefix, self.G, self.t, self.d = lm, prefix, group_size, 0, att.head_dim
         self.n, self.h = prefix.keys[0].shape[:2]                        # prompts, key-value heads
-        self.rep = _effective(att.q_proj)[0].shape[0] // self.d // self.h  # query heads per key-value head
+        self.rep = att.q_proj.out_features // self.d // self.h           # query heads per key-value head
         self.R, dev, dt = self.n * group_size, prefix.last_nD.device, prefix.keys[0].dtype
-        self.layers = [(l.input_layernorm, _join(l.self_attn.q_proj, l.self_attn.k_proj, l.self_attn.v_proj), _effective(l.self_attn.o_proj),
-                        l.post_attention_layernorm, _join(l.mlp.gate_proj, l.mlp.up_proj), _effective(l.mlp.down_proj)) for l in lm.layers]
-        for _, (w, b), *_ in self.layers:                                # the scale of attention, once: in the query's weights
-            for x in (w, b) if b is not None else (w,): x[:self.h * self.rep * self.d] *= self.d**-0.5
+        self.kept = None if isinstance(lm.layers, StreamedLayers) else [self._fused(l) for l in lm.layers]
         self.Kp = [k.flatten(0, 1).transpose(1, 2) for k in prefix.keys]                        # [n·h, d, P]
         self.Vp = [v.flatten(0, 1) for v in prefix.values]                                      # [n·h, P, d]
         self.bias = torch.zeros(prefix.mask_nP.shape, device=dev, dtype=dt).masked_fill(~prefix.mask_nP, -torch.inf)
         self.bias = None if prefix.mask_nP.all() else self.bias.repeat_interleave(self.h, 0)[:, None]         # [n·h, 1, P]
-        self.K = torch.empty(len(self.layers), self.n, self.h, group_size, steps, self.d, device=dev, dtype=dt)
+        self.K = torch.empty(len(lm.layers), self.n, self.h, group_size, steps, self.d, device=dev, dtype=dt)
         self.V = torch.empty_like(self.K)
         pos = prefix.length_n.repeat_interleave(group_size) + torch.arange(steps, device=dev)[:, None]
         self.cos, self.sin = (c[:, :, None] for c in lm.rotary_emb(prefix.last_nD, pos))                        # [steps, R, 1, d]
+
+    def _fused(self, layer) -> tuple:
+        "A layer as norm, (weight, bias) of q, k and v, of o, norm, of gate and up, of down; the scale of attention is in the query's weights."
+        a, m = layer.self_attn, layer.mlp
+        qkv = _join(a.q_proj, a.k_proj, a.v_proj)
+        for x in qkv:
+            if x is not None: x[:self.h * self.rep * self.d] *= self.d**-0.5
+        fit = lambda linear: tuple(map(_rounded, linear))
+        return layer.input_layernorm, fit(qkv), fit(_effective(a.o_proj)), layer.post_attention_layernorm, fit(_join(m.gate_proj, m.up_proj)), fit(_effective(m.down_proj))
 
     def _attend(self, i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         "One query per row over prompt (shared in the group) and own past: [R, heads, d] -> [R, heads·d]."
@@ -273,7 +304,7 @@ class _Decoder:
         "Feed one token embedding per row [R, D]; returns the final hidden state [R, D]."
         cos, sin = self.cos[self.t], self.sin[self.t]
         q_size, kv_size = self.h * self.rep * self.d, self.h * self.d
-        for i, (norm1, qkv, out, norm2, gate_up, down) in enumerate(self.layers):
+        for i, (norm1, qkv, out, norm2, gate_up, down) in enumerate(self.kept or map(self._fused, self.lm.layers)):
             y = F.linear(norm1(x), *qkv)
             qk = _rotate(y[:, :q_size + kv_size].view(self.R, -1, self.d), cos, sin)
             o = self._attend(i, qk[:, :-self.h], qk[:, -self.h:], y[:, -kv_size:].view(self.R, self.h, self.d))

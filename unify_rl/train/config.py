@@ -111,6 +111,7 @@ class EngineConfig:
     zero: int = 0                               # DeepSpeed ZeRO: 0 a whole copy each, 1 the optimizer is shared out, 2 gradients too, 3 parameters too
     fsdp: bool = False                          # PyTorch's FSDP instead of ZeRO: parameters, gradients and optimizer are shared out
     offload: Literal["none", "optimizer", "params"] = "none"   # what ZeRO keeps in the CPU's memory
+    gather: Literal["phase", "layer"] = "phase"         # where parameters are shared out: what is put together to sample, all of them for a rollout, or a layer at a time, which is slower
     timeout: float = 1800.0                     # seconds that processes wait for one another before they give up
 
 @dataclass
@@ -285,6 +286,7 @@ def check(
     need(cfg.engine.zero <= 3, "engine.zero", "0, 1, 2 or 3")
     need(cfg.engine.offload == "none" or cfg.engine.zero, "engine.offload", "none, since engine.zero is 0")
     need(cfg.engine.offload != "params" or cfg.engine.zero == 3, "engine.offload", "none or optimizer, since parameters are shared out only by engine.zero=3")
+    need(cfg.engine.gather == "phase" or cfg.engine.zero == 3 or cfg.engine.fsdp, "engine.gather", "phase, since parameters are shared out only by engine.zero=3 and engine.fsdp=true")
     spread = "engine.fsdp" if cfg.engine.fsdp else f"engine.zero={cfg.engine.zero}"
     need(not cfg.engine.fsdp or not cfg.engine.zero, "engine.zero", "0 with engine.fsdp: choose one of the two (engine.fsdp shares out what engine.zero=3 does)")
     need(not cfg.engine.fsdp or cfg.model.precision != "fp16", "model.precision", "fp32 or bf16 with engine.fsdp")

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from ..core import UserError
+from ..mechanisms.tokens import StreamedLayers
 from ..policies.base import Policy
 
 # %% auto #0
-__all__ = ['ranks', 'is_main', 'deepspeed_config', 'Crew', 'Engine', 'ZeroEngine', 'linear_units', 'fsdp_config', 'FsdpEngine',
-           'build_engine']
+__all__ = ['ranks', 'is_main', 'deepspeed_config', 'Crew', 'Engine', 'largest_stack', 'Borrowed', 'ZeroEngine', 'linear_units',
+           'fsdp_config', 'FsdpEngine', 'build_engine']
 
 # %% ../../nbs/49_train.engine.ipynb #rank
 def ranks() -> tuple[int, int]:
@@ -63,6 +64,15 @@ class Crew:
     def sum(self, values: list[float]) -> list[float]:
         "Each number summed over the processes."
         if self.ranks == 1: return list(values)
+        self.settle()
+        return self.sum_now(values)
+
+    def settle(self) -> None:
+        "What processes have to do before they talk of something else: nothing here."
+
+    def sum_now(self, values: list[float]) -> list[float]:
+        "The sum without settling what is under way."
+        if self.ranks == 1: return list(values)
         pooled = torch.tensor(values, dtype=torch.float64, device=self.device if self.device.type == "cuda" else "cpu")
         torch.distributed.all_reduce(pooled)
         return pooled.tolist()
@@ -90,6 +100,7 @@ class Crew:
         return made
 
     def _gather(self, x: Tensor) -> list[Tensor]:
+        self.settle()
         x = x.to(self.device)
         every = [torch.empty_like(x) for _ in range(self.ranks)]
         torch.distributed.all_gather(every, x)
@@ -97,18 +108,20 @@ class Crew:
 
     def barrier(self) -> None:
         "Wait for everyone."
+        self.settle()
         if self.ranks > 1: torch.distributed.barrier()
 
 # %% ../../nbs/49_train.engine.ipynb #engine
 class Engine(Crew):
     "What trains, on one process or on several with a whole copy each (data parallel)."
     zero, even_passes = 0, False
+    borrowed: Borrowed | None = None        # what is sampled with where no process has the whole policy
     cut = False                     # does each process keep only a part of every parameter?
     setting = "engine.zero=0"       # what chooses it
 
     def __init__(self, policy: Policy, *, lr: float, betas: tuple = (0.9, 0.95), weight_decay: float = 0.0, grad_norm: float = 1.0, precision: str = "fp32",
-                 offload: str = "none", timeout: float = 1800.0, folder: str | Path = ".", trackers: list | tuple = ()):
-        self.policy, self.grad_norm, self.precision, self.offload = policy, grad_norm, precision, offload
+                 offload: str = "none", gather: str = "phase", timeout: float = 1800.0, folder: str | Path = ".", trackers: list | tuple = ()):
+        self.policy, self.grad_norm, self.precision, self.offload, self.gather = policy, grad_norm, precision, offload, gather
         super().__init__(timeout)
         self.accelerator = _accelerator(precision, folder, trackers)
         self.trained = {n: p for n, p in policy.named_parameters() if p.requires_grad}
@@ -131,9 +144,17 @@ class Engine(Crew):
     def forward(self, part, also: tuple = ()) -> Any: return self.policy(part, also) if also else self.policy(part)
 
     @contextlib.contextmanager
+    def sampling(self) -> Iterator[Policy]:
+        "The policy to sample and test with."
+        with self.borrowed.opened() if self.borrowed else contextlib.nullcontext(self.policy) as policy: yield policy
+
+    @contextlib.contextmanager
     def whole(self) -> Iterator[Policy]:
-        "The policy with all its parameters, to sample, test, or save."
-        yield self.policy
+        "The policy to be written: the first process has all of it, on the CPU if nobody had."
+        with self.borrowed.collected() if self.borrowed else contextlib.nullcontext(self.policy) as policy: yield policy
+
+    def settle(self):
+        if self.borrowed: self.borrowed.settle()
 
     @contextlib.contextmanager
     def reference(self) -> Iterator[Callable]:
@@ -228,6 +249,86 @@ def _accelerator(precision: str, folder: str | Path, trackers: list | tuple):
     AcceleratorState._reset_state()                 # or a second run in one session could not choose another precision
     return Accelerator(mixed_precision={"fp32": "no"}.get(precision, precision), cpu=not torch.cuda.is_available(), log_with=list(trackers) or None, project_dir=str(folder))
 
+# %% ../../nbs/49_train.engine.ipynb #borrowed
+def largest_stack(policy: nn.Module) -> str:
+    "The dotted name of the `nn.ModuleList` with the most numbers in it; '': there is none."
+    stacks = {name: m for name, m in policy.named_modules() if isinstance(m, nn.ModuleList)}
+    return max(stacks, key=lambda name: sum(p.numel() for p in stacks[name].parameters()), default="")
+
+class Borrowed:
+    "The policy without hooks, whose weights are put together of all processes' pieces: for a phase, or each layer's while a pass is in it."
+    def __init__(
+        self,
+        empty: Policy,              # the policy's modules with no numbers in them
+        pieces: Policy,             # the same with this process' pieces
+        lend: Callable,             # (parameters of `pieces`) -> context with the whole tensors; called by all processes together
+        crew: Crew,
+        stack: str = "",            # name of the layers that are gathered one at a time; '': all for a phase
+    ):
+        self.empty, self.pieces, self.lend, self.crew, self.stack, self.open = empty.to(crew.device), pieces, lend, crew, stack, False
+        self.layers = list(pieces.get_submodule(stack)) if stack else []
+        if stack: empty.get_submodule(stack).requires_grad_(False)              # or autocast would keep what it has rounded
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[Policy]:
+        "The policy to sample with. All processes open it together; each may make as many passes as it likes."
+        self._fill({id(p) for layer in self.layers for p in layer.parameters()}, torch.clone)
+        parent, _, slot = self.stack.rpartition(".")
+        if self.layers: setattr(self.empty.get_submodule(parent), slot, StreamedLayers(plain := self.empty.get_submodule(self.stack), self._pass))
+        self.open = bool(self.layers)
+        try:
+            yield self.empty
+            self.settle()
+        finally:
+            self.open = False
+            if self.layers: setattr(self.empty.get_submodule(parent), slot, plain)
+            _emptied(self.empty)
+
+    @contextlib.contextmanager
+    def collected(self) -> Iterator[Policy]:
+        "The policy in the memory of the first process' CPU; the others' stays empty."
+        self._fill(set(), lambda w: w.to("cpu", copy=True) if self.crew.main else w.new_empty(0))
+        try: yield self.empty
+        finally: _emptied(self.empty)
+
+    @torch.no_grad()
+    def _fill(self, but: set, keep: Callable) -> None:
+        for p, q in zip(self.pieces.parameters(), self.empty.parameters(), strict=True):
+            if id(p) in but: continue
+            with self.lend([p]) as (w,): q.data = keep(w)
+        for b, c in zip(self.pieces.buffers(), self.empty.buffers(), strict=True): c.data = b.data
+
+    def _pass(self, layers: list) -> Iterator[nn.Module]:
+        self.crew.sum_now([1.0])
+        yield from self._lent(layers)
+
+    def _lent(self, layers: list) -> Iterator[nn.Module]:
+        "Each layer, with its weights as long as nobody asks for the next one."
+        for kept, layer in zip(self.layers, layers, strict=True):
+            with self.lend(list(kept.parameters())) as weights:
+                for q, w in zip(layer.parameters(), weights, strict=True): q.data = w
+                try: yield layer
+                finally: _emptied(layer)
+
+    def settle(self) -> None:
+        "Help the others with their passes until nobody has one to make."
+        while self.open and self.crew.sum_now([0.0])[0]:
+            for _ in self._lent(list(self.empty.get_submodule(self.stack)._modules.values())): pass
+
+def _streamed(policy: Policy, gather: str) -> str:
+    "The stack that `engine.gather` asks to gather layer by layer."
+    if gather == "phase": return ""
+    if name := largest_stack(policy): return name
+    raise UserError(f"{policy.name} has no stack of layers (nn.ModuleList) that could be gathered one by one: use engine.gather=phase")
+
+def _emptied(module: nn.Module) -> nn.Module:
+    for p in module.parameters(): p.data = torch.empty(0, dtype=p.dtype, device=p.device)
+    return module
+
+def _hollow(policy: Policy) -> Policy:
+    "A copy, without its reference, with no numbers in its parameters."
+    return _emptied(copy.deepcopy(policy, {id(getattr(policy, "_reference", None)): None}))
+
 # %% ../../nbs/49_train.engine.ipynb #zero
 class ZeroEngine(Engine):
     "Optimizer (1), gradients (2) and parameters (3) are shared out over the processes by DeepSpeed."
@@ -242,7 +343,7 @@ class ZeroEngine(Engine):
         deepspeed = _deepspeed()
         self.config = deepspeed_config(self.zero, self.precision, self.grad_norm, self.offload)
         frozen = getattr(self.policy, "_reference", None)
-        if self.zero == 3: self._copy = _hollow(copy.deepcopy(self.policy, {id(frozen): None}))       # to sample with, which takes no reference
+        empty, stack = (_hollow(self.policy), _streamed(self.policy, self.gather)) if self.zero == 3 else (None, "")
         self._place()
         self.engine, self.optimizer, *_ = deepspeed.initialize(model=self.policy, optimizer=optimizer, config=self.config)
         self.frozen = None
@@ -250,6 +351,12 @@ class ZeroEngine(Engine):
             alone = {k: v for k, v in self.config.items() if not k.startswith(("gradient_clipping", "zero_allow", "zero_force", "check_grad"))}
             shard = {k: v for k, v in self.config["zero_optimization"].items() if k != "offload_optimizer"}
             self.frozen = deepspeed.initialize(model=frozen, config=alone | dict(zero_optimization=shard))[0]
+        if empty is not None: self.borrowed = Borrowed(empty, self.policy, self._lend, self, stack)
+
+    @contextlib.contextmanager
+    def _lend(self, pieces: list) -> Iterator[list]:
+        import deepspeed
+        with deepspeed.zero.GatheredParameters(pieces): yield [p.data for p in pieces]
 
     def forward(self, part, also=()): return self.engine(part, also) if also else self.engine(part)
 
@@ -259,16 +366,6 @@ class ZeroEngine(Engine):
             with super().reference() as ref: yield ref
             return
         with torch.no_grad(): yield self.frozen
-
-    @contextlib.contextmanager
-    def whole(self):
-        if self.zero < 3:
-            yield self.policy
-            return
-        import deepspeed
-        def gathered(p):
-            with deepspeed.zero.GatheredParameters([p]): return p.data.clone()
-        with _filled(self._copy, self.policy, gathered) as policy: yield policy
 
     def backward(self, loss): self.engine.backward(loss * self.ranks)
 
@@ -338,27 +435,11 @@ def _need_torchrun(setting: str) -> None:
     raise UserError(f"{setting} shares the optimizer out over processes, and this is a single one that torchrun did not start. "
                     "Start it with `unify_rl launch`, or with `torchrun --nproc_per_node N -m unify_rl train …`")
 
-def _hollow(policy: Policy) -> Policy:
-    "The same modules with empty parameters."
-    for p in policy.parameters(): p.data = torch.empty(0, dtype=p.dtype, device=p.device)
-    return policy
-
-@contextlib.contextmanager
-def _filled(hollow: Policy, policy: Policy, gathered: Callable) -> Iterator[Policy]:
-    "The copy with the policy's present parameters, for a phase; `gathered` makes a whole one of a shard."
-    with torch.no_grad():
-        for p, q in zip(policy.parameters(), hollow.parameters(), strict=True): q.data = gathered(p)
-        for b, c in zip(policy.buffers(), hollow.buffers(), strict=True): c.data = b.data
-    try: yield hollow
-    finally: _hollow(hollow)
-
 # %% ../../nbs/49_train.engine.ipynb #cuts
 def linear_units(policy: nn.Module) -> list[nn.Module]:
     "The linear layers that are gathered one at a time: those in the largest stack of layers, without adapters."
-    stacks = [m for m in policy.modules() if isinstance(m, nn.ModuleList)]
-    if not stacks: return []
-    largest = max(stacks, key=lambda m: sum(p.numel() for p in m.parameters()))
-    return [m for name, m in largest.named_modules() if isinstance(m, nn.Linear) and "lora_" not in name]
+    if not (stack := largest_stack(policy)): return []
+    return [m for name, m in policy.get_submodule(stack).named_modules() if isinstance(m, nn.Linear) and "lora_" not in name]
 
 def fsdp_config(
     precision: str = "fp32",        # of forward and backward; pieces stay fp32
@@ -378,8 +459,7 @@ class FsdpEngine(Engine):
 
     def _prepare(self, optimizer: torch.optim.Optimizer) -> None:
         from torch.distributed.device_mesh import init_device_mesh
-        frozen = getattr(self.policy, "_reference", None)
-        self._copy = _hollow(copy.deepcopy(self.policy, {id(frozen): None}))        # to sample with
+        frozen, empty, stack = getattr(self.policy, "_reference", None), _hollow(self.policy), _streamed(self.policy, self.gather)
         self._place()
         mesh = init_device_mesh(self.device.type, (self.ranks,))
         for net in (self.policy, frozen):
@@ -387,10 +467,10 @@ class FsdpEngine(Engine):
         self.trained = {n: p for n, p in self.policy.named_parameters() if p.requires_grad}
         optimizer.param_groups[0]["params"] = list(self.trained.values())          # the pieces
         self.optimizer = optimizer
+        self.borrowed = Borrowed(empty, self.policy, self._lend, self, stack)
 
     @contextlib.contextmanager
-    def whole(self):
-        with _filled(self._copy, self.policy, lambda p: p.full_tensor()) as policy: yield policy
+    def _lend(self, pieces: list) -> Iterator[list]: yield [p.full_tensor() for p in pieces]
 
     def backward(self, loss): (loss * self.ranks).backward()
 

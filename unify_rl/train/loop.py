@@ -92,7 +92,7 @@ class Trainer:
         if (e.zero == 3 or e.fsdp) and any(getattr(r, "attach", None) for r in rewards):
             raise UserError("a reward looks through the policy's own eyes, and with engine.zero=3 or engine.fsdp no process has it whole while it scores; use engine.zero=2")
         self.engine = build_engine(policy, e.zero, e.fsdp, lr=o.lr, betas=(o.beta1, o.beta2), weight_decay=o.weight_decay, grad_norm=o.grad_norm, precision=cfg.model.precision,
-                                   offload=e.offload, timeout=e.timeout, folder=log.dir, trackers=cfg.log.trackers)
+                                   offload=e.offload, gather=e.gather, timeout=e.timeout, folder=log.dir, trackers=cfg.log.trackers)
         self.accelerator = self.engine.accelerator
         if cfg.log.trackers: self.accelerator.init_trackers("unify_rl", config={"recipe": cfg.recipe, "policy": cfg.policy, "seed": cfg.seed})
         self.policy, self.done, self.skipped, self.stopping, self.lr = policy, 0, 0, False, 0.0
@@ -106,7 +106,7 @@ class Trainer:
         "Sample, score, compare, update; returns the step's metrics."
         cfg, engine, clock = self.cfg, self.engine, defaultdict(float)
         prompts, extra = self._prompts()
-        with phase(clock, "sample"), engine.whole() as policy, engine.autocast():
+        with phase(clock, "sample"), engine.sampling() as policy, engine.autocast():
             rollout, asked = self._draw(policy, prompts, self._logged(len(prompts) - extra, cfg.rollout.group_size) if self._keeps(self.done + 1) else [])
             if cfg.objective.further: policy.prepare(rollout)
             if len({b for p in rollout.parts for b in p.rows.tolist()}) < len(rollout):
