@@ -185,6 +185,11 @@ def test_fsdp_is_planned_like_zero_3():
     assert fsdp.peak < ddp.peak and fsdp.phases["sample"]["weights"] == zero.phases["sample"]["weights"] and fsdp.phases["sample"]["optimizer"] < zero.phases["sample"]["optimizer"]
     c = fsdp.counted
     assert c.rest + load_policy("tiny-janus").janus.config.text_config.num_hidden_layers * c.largest == c.params and fsdp.phases["update"]["gathered"] == 4 * (c.rest + c.largest)
+    for lay, pieces in ((Layout(4, 3, gather="layer"), zero), (Layout(4, fsdp=True, gather="layer"), fsdp)):          # to sample, one layer beside what is outside of the layers
+        light = planner.plan(config("tiny-janus"), 2**30, lay, 12)
+        assert light.phases["sample"]["gathered"] == 4 * (c.rest + c.largest) and light.phases["update"] == pieces.phases["update"]
+        saved = pieces.phases["sample"]["caches, logits, pictures"] - light.phases["sample"]["caches, logits, pictures"]
+        assert saved == pytest.approx(2 * 4 * (3 * 128 * 128 + 2 * 128 * 352), rel=0.05)         # joined weights (q, k, v; gate, up) of two layers instead of four: one is made before the last is let go
     assert "FSDP" in str(plan_table(fsdp).columns[0].header) and plan_record(fsdp)["layout"]["fsdp"]
 
 

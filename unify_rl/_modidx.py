@@ -1989,6 +1989,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'unify_rl.train.plan._read_sizes': ('train.plan.html#_read_sizes', 'unify_rl/train/plan.py'),
                                      'unify_rl.train.plan._rows': ('train.plan.html#_rows', 'unify_rl/train/plan.py'),
                                      'unify_rl.train.plan._side': ('train.plan.html#_side', 'unify_rl/train/plan.py'),
+                                     'unify_rl.train.plan._streaming': ('train.plan.html#_streaming', 'unify_rl/train/plan.py'),
                                      'unify_rl.train.plan._tokens_part': ('train.plan.html#_tokens_part', 'unify_rl/train/plan.py'),
                                      'unify_rl.train.plan._what_counts': ('train.plan.html#_what_counts', 'unify_rl/train/plan.py'),
                                      'unify_rl.train.plan._with_cures': ('train.plan.html#_with_cures', 'unify_rl/train/plan.py'),

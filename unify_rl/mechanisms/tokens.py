@@ -256,8 +256,8 @@ def _join(*linears) -> tuple[Tensor, Tensor | None]:
     return torch.cat(ws), None if bs[0] is None else torch.cat(bs)
 
 def _rounded(x: Tensor | None) -> Tensor | None:
-    "As autocast, if it is on, would have x in a matrix product."
-    if x is None or not torch.is_autocast_enabled(x.device.type): return x
+    "As autocast, if it is on, would have x in a matrix product; what trains it rounds once by itself."
+    if x is None or x.requires_grad or not torch.is_autocast_enabled(x.device.type): return x
     return x.to(torch.get_autocast_dtype(x.device.type))
 
 class _Decoder:

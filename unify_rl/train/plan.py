@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Callable, Iterable, NamedTuple
+from typing import Callable, Iterable, Iterator, NamedTuple, Sequence
 
 import numpy as np
 import torch
@@ -23,10 +23,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..core import Part, Prompt, UserError, nearest
 from ..mechanisms.flow import sample_flow, timesteps
-from ..mechanisms.tokens import _Decoder, encode_prefix, sample_tokens
+from ..mechanisms.tokens import StreamedLayers, _Decoder, encode_prefix, sample_tokens
 from ..policies.base import file_shapes, read_json
 from ..policies.load import policies
 from .config import Config, apply_overrides, from_dict, load_config, to_yaml
+from .engine import largest_stack
 
 # %% auto #0
 __all__ = ['SHADOW', 'HOLLOW', 'DEPTHS', 'BUCKET', 'LIVE', 'STEP', 'MODELS', 'ASKS', 'USABLE', 'OFFLOADS', 'Live', 'Shadows',
@@ -351,7 +352,7 @@ def rehearse(policy, prompts: list, cfg: Config, sample: Callable) -> dict[str, 
     exact, further = cfg.objective.exact, tuple(k for k in cfg.objective.further if k not in ("repa", "balance"))
     has_kl = any(cfg.objective.betas.get(p, cfg.objective.beta) for p in ("text", "image"))
     with Live([*policy.parameters(), *policy.buffers()]) as live:
-        with torch.no_grad(), autocast(): parts = sample(policy, prompts, cfg, live.cut)
+        with torch.no_grad(), autocast(), _streaming(policy, cfg.engine.gather): parts = sample(policy, prompts, cfg, live.cut)
         live.cut("sample image" if parts[-1].kind == "image" else "sample text")
         kept, later = live.now, 0
         for part in parts:
@@ -372,6 +373,22 @@ def rehearse(policy, prompts: list, cfg: Config, sample: Callable) -> dict[str, 
             del out, logp, said, loss, piece
             live.cut(f"update {part.kind}")
     return live.peaks | dict(kept=kept + later)
+
+@contextlib.contextmanager
+def _streaming(policy, gather: str) -> Iterator[None]:
+    "Sampling that keeps nothing of a layer that it has left, if that is how weights are gathered; whose they are in between is counted elsewhere."
+    if gather == "phase":
+        yield
+        return
+    parent, _, slot = largest_stack(policy).rpartition(".")
+    stack, holder = policy.get_submodule(largest_stack(policy)), policy.get_submodule(parent)
+    trained = [w for w in stack.parameters() if w.requires_grad]
+    for w in trained: w.requires_grad_(False)
+    setattr(holder, slot, StreamedLayers(stack, iter))
+    try: yield
+    finally:
+        setattr(holder, slot, stack)
+        for w in trained: w.requires_grad_(True)
 
 def _bytes(x) -> int: return sum(t.numel() * t.element_size() for t in tree_leaves(x) if isinstance(t, torch.Tensor))
 
@@ -442,19 +459,21 @@ class Layout:
     zero: int = 0               # 0: DDP
     offload: str = "none"       # none, optimizer or params
     fsdp: bool = False          # FSDP instead of ZeRO
+    gather: str = "phase"       # what ZeRO-3 and FSDP gather to sample: all for a phase, or a layer at a time
 
     @property
-    def name(self) -> str: return "FSDP" if self.fsdp else f"ZeRO-{self.zero}" if self.zero else "DDP"
+    def name(self) -> str:
+        return ("FSDP" if self.fsdp else f"ZeRO-{self.zero}" if self.zero else "DDP") + (", sampling layer by layer" if self.gather == "layer" else "")
 
-def _fsdp_states(params: int, trained: int, gpus: int, reference: bool, half: bool, largest: int, rest: int) -> dict[str, int]:
+def _fsdp_states(params: int, trained: int, lay: Layout, reference: bool, half: bool, largest: int, rest: int) -> dict[str, int]:
     "Bytes of one process with FSDP."
-    part = lambda n: -(-n // gpus)
+    part = lambda n: -(-n // lay.gpus)
     return {"weights": 4 * part(params), "gradients": 4 * part(trained), "optimizer": 8 * part(trained), "reference": 4 * part(params) if reference else 0,
-            "buckets": 4 * largest, "gathered": 4 * rest + (2 if half else 4) * largest, "gathered to sample": 4 * params}
+            "buckets": 4 * largest, "gathered": 4 * rest + (2 if half else 4) * largest, "gathered to sample": 4 * (rest + largest if lay.gather == "layer" else params)}
 
 def states(params: int, trained: int, lay: Layout, reference: bool, half: bool = False, largest: int = 0, rest: int = 0) -> dict[str, int]:
     "Bytes of one process that stay, and the room to work in; `half`: model.precision is bf16 or fp16, which ZeRO keeps its weights in; `largest`, `rest`: see `Counted`."
-    if lay.fsdp: return _fsdp_states(params, trained, lay.gpus, reference, half, largest, rest)
+    if lay.fsdp: return _fsdp_states(params, trained, lay, reference, half, largest, rest)
     N, z, W = lay.gpus, lay.zero, 2 if half and lay.zero else 4
     part = lambda n, stage: -(-n // N) if z >= stage else n
     away = lambda kind: 0 if lay.offload == "params" or lay.offload == kind else 1
@@ -462,7 +481,7 @@ def states(params: int, trained: int, lay: Layout, reference: bool, half: bool =
            "optimizer": (8 * part(trained, 1) + (4 * part(trained, 1) if z else 0)) * (away("optimizer") if z else 1),
            "reference": (W if z == 3 else 4) * part(trained, 3) if reference else 0}
     out["buckets"] = 2 * W * min(BUCKET, trained) if z and N > 1 else 0
-    return out | {"gathered": W * min(LIVE, params) if z == 3 else 0, "gathered to sample": W * params if z == 3 else 0}
+    return out | {"gathered": W * min(LIVE, params) if z == 3 else 0, "gathered to sample": W * (rest + largest if lay.gather == "layer" else params) if z == 3 else 0}
 
 # %% ../../nbs/59_train.plan.ipynb #rewards
 MODELS = {"timm/ViT-SO400M-16-SigLIP2-384": 1.136e9, "ViT-SO400M-14-SigLIP-384": 0.878e9, "Qwen/Qwen2.5-VL-3B-Instruct": 3.755e9, "Qwen/Qwen2.5-VL-7B-Instruct": 8.292e9,
@@ -526,10 +545,10 @@ def _counted(policy: str, yaml_text: str, tasks: tuple, words: int) -> Counted:
     import yaml
     return count(sizes(policy), from_dict(Config, yaml.safe_load(yaml_text)), dict(tasks), words)
 
-def _what_counts(cfg: Config) -> Config:
+def _what_counts(cfg: Config, layout: Layout) -> Config:
     "The configuration without what a rehearsal does not depend on, so that none is made twice."
     d = Config()
-    return replace(cfg, recipe="", seed=0, steps=1, run_dir=d.run_dir, data=d.data, rewards=[], evaluate=d.evaluate, checkpoint=d.checkpoint, log=d.log,
+    return replace(cfg, recipe="", seed=0, steps=1, run_dir=d.run_dir, data=d.data, rewards=[], evaluate=d.evaluate, checkpoint=d.checkpoint, log=d.log, engine=replace(d.engine, gather=layout.gather),
                    rollout=replace(cfg.rollout, prompts=1))
 
 def plan(
@@ -541,7 +560,7 @@ def plan(
 ) -> Plan:
     "What every GPU of a run will hold in each phase."
     if cfg.stages: raise UserError(f"{cfg.recipe} consists of stages; plan one of them: {', '.join(s.recipe for s in cfg.stages if s.recipe)}")
-    c = _counted(cfg.policy, to_yaml(_what_counts(cfg)), tuple(share_of(cfg, layout.gpus).items()), words)
+    c = _counted(cfg.policy, to_yaml(_what_counts(cfg, layout)), tuple(share_of(cfg, layout.gpus).items()), words)
     has_kl = any(cfg.objective.betas.get(k, cfg.objective.beta) for k in ("text", "image"))
     half = cfg.model.precision != "fp32"
     s = states(c.params, c.trained, layout, has_kl and not cfg.model.lora_rank, half, c.largest, c.rest)
@@ -551,7 +570,7 @@ def plan(
     stay = {"weights": s["weights"], "optimizer": s["optimizer"], "reference": s["reference"], "reward models": gpu}
     most = lambda *starts: max([v for k, v in c.stages.items() if k.startswith(starts)], default=0)
     kept = {"rollout": c.stages["kept"]}
-    phases = {"sample": stay | {"gathered": s["gathered to sample"], "caches, logits, pictures": max(most("sample", "decode") - copies * (not layout.fsdp), 0)},
+    phases = {"sample": stay | {"gathered": s["gathered to sample"], "caches, logits, pictures": max(most("sample", "decode") - copies * (not layout.fsdp and layout.gather == "phase"), 0)},
               "score": stay | kept,
               "reference": stay | kept | {"gathered": s["gathered"], "activations, logits": max(most("reference") - c.stages["kept"] - copies, 0)},
               "update": stay | kept | {"gathered": s["gathered"], "gradients": s["gradients"], "buckets": s["buckets"], "activations, logits": max(most("update") - c.stages["kept"] - copies, 0)},
@@ -573,6 +592,8 @@ def _cures(cfg: Config, lay: Layout) -> list:
     out += [(f"optimizer.micro_batch={m}", (f"optimizer.micro_batch={m}",), {}) for m in sizes]
     if cfg.model.logp_chunk > 512: out.append(("model.logp_chunk=512", ("model.logp_chunk=512",), {}))
     if lay.offload == "none" and not lay.fsdp: out.append(("engine.offload=optimizer", (), dict(offload="optimizer")))
+    if lay.fsdp or lay.zero == 3: out += [("engine.gather=layer", (), dict(gather="layer"))] * (lay.gather == "phase")
+    elif lay.gpus > 1: out.append(("--zero 3 engine.gather=layer", (), dict(zero=3, gather="layer")))
     if not cfg.model.lora_rank: out.append(("--lora 16", ("model.lora_rank=16",), {}))
     return out
 
@@ -652,10 +673,12 @@ def plan_recipe(
     offload: str = "none",
     words: int = 64,                        # in a prompt
     config_file: str | Path | None = None,
-    overrides: Iterable[str] = (),
+    overrides: Sequence[str] = (),
     fsdp: bool = False,
 ) -> tuple[Plan, Plan | None]:
     "What `unify_rl plan` does."
+    for text in overrides:
+        if (key := text.partition("=")[0].strip()) in ("engine.zero", "engine.fsdp"): raise UserError(f"{text}: give --{key.partition('.')[2]} instead, as for unify_rl launch")
     if fsdp and (zero or offload != "none"): raise UserError(f"--fsdp does without DeepSpeed: leave out {f'--zero {zero}' if zero else f'--offload {offload}'}")
     if zero not in range(4): raise UserError(f"--zero is {zero}; ZeRO has the stages 1, 2 and 3, and 0 is DDP")
     if offload != "none" and not zero: raise UserError(f"--offload {offload} needs DeepSpeed: give --zero 1, 2 or 3")
@@ -663,8 +686,9 @@ def plan_recipe(
     if offload not in OFFLOADS: raise UserError(f"--offload is {offload!r}. {nearest(offload, OFFLOADS)}")
     if words < 1: raise UserError(f"--words is {words}; it must be at least 1")
     n, memory = parse_gpus(gpus)
-    cfg = load_config(recipe, policy, config_file, [*([f"model.lora_rank={lora}"] if lora else []), *overrides])
-    return advise(cfg, memory, Layout(n, zero, offload, fsdp), words)
+    spread = [f"engine.zero={zero}", f"engine.fsdp={str(fsdp).lower()}", *([f"engine.offload={offload}"] if offload != "none" else [])]
+    cfg = load_config(recipe, policy, config_file, [*([f"model.lora_rank={lora}"] if lora else []), *spread, *overrides])
+    return advise(cfg, memory, Layout(n, zero, cfg.engine.offload, fsdp, cfg.engine.gather), words)
 
 def plan_record(p: Plan) -> dict:
     "The plan as plain data."
