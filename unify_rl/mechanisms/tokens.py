@@ -139,32 +139,43 @@ def lengthen(
 
 # %% ../../nbs/10_mechanisms.tokens.ipynb #chunk
 class _AddingLinear(torch.autograd.Function):
-    "A linear layer whose weight's gradient is added to `total` instead of being returned."
+    "A linear layer with some rows of a weight, whose gradient is added to `total` instead of being returned."
     @staticmethod
-    def forward(ctx, x, w, b, total):
+    def forward(ctx, x, w, b, total, rows):
         ctx.save_for_backward(x)
-        ctx.w, ctx.total, ctx.bias = w, total, b is not None        # the weight by name: a sharded one is gathered anew for the backward pass
-        return F.linear(x, w, b)
+        ctx.w, ctx.total, ctx.rows, ctx.bias = w, total, rows, b is not None        # the weight by name: a sharded one is gathered anew for the backward pass
+        return F.linear(x, w[rows], b)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
         flat, x = g.flatten(0, -2), ctx.saved_tensors[0].to(g.dtype).flatten(0, -2)
-        if ctx.total.dtype == g.dtype: ctx.total.addmm_(flat.t(), x)
-        else: ctx.total.add_(flat.t() @ x)
-        return g @ ctx.w.to(g.dtype), None, flat.sum(0) if ctx.bias else None, None
+        w, total = ctx.w[ctx.rows], ctx.total[ctx.rows]
+        if total.dtype == g.dtype: total.addmm_(flat.t(), x)
+        else: total.add_(flat.t() @ x)
+        return g @ w.to(g.dtype), None, flat.sum(0) if ctx.bias else None, None, None
+
+def _rows_of(part: Tensor, whole: Tensor) -> slice | None:
+    "Which rows of a matrix a view of it has; None: it is something else."
+    if part is whole: return slice(None)
+    if part._base is not whole or part.shape[1:] != whole.shape[1:] or part.stride() != whole.stride(): return None
+    first = (part.storage_offset() - whole.storage_offset()) // whole.stride(0)
+    return slice(first, first + len(part))
 
 class _RunningTotals(TorchFunctionMode):
-    "While it is on, linear layers with one of these weights add their gradient to the weight's total."
+    "While it is on, linear layers with one of these weights, or rows of it, add their gradient to the weight's total."
     def __init__(self, weights: list):
         super().__init__()
-        self.weights, self.totals = {id(w) for w in weights}, {}
+        self.weights, self.totals = {id(w): w for w in weights}, {}
 
     def __torch_function__(self, f, types, args=(), kwargs=None):
-        if f is not F.linear or len(args) < 2 or id(args[1]) not in self.weights: return f(*args, **kwargs or {})
-        x, w, b = (*args, *[(kwargs or {}).get("bias")] * (3 - len(args)))
+        given = args[1] if f is F.linear and len(args) > 1 else None
+        w = given if given is None else self.weights.get(id(given), self.weights.get(id(given._base)))
+        rows = None if w is None else _rows_of(given, w)
+        if rows is None: return f(*args, **kwargs or {})
+        x, _, b = (*args, *[(kwargs or {}).get("bias")] * (3 - len(args)))
         if id(w) not in self.totals: self.totals[id(w)] = torch.zeros_like(w, requires_grad=False)
-        return _AddingLinear.apply(x, w, b, self.totals[id(w)])
+        return _AddingLinear.apply(x, w, b, self.totals[id(w)], rows)
 
 class _InChunks(torch.autograd.Function):
     "`f(*rows)` over chunks of the rows, recomputed chunk by chunk in the backward pass, where gradients of `params` are summed as they come."

@@ -28,7 +28,7 @@ from .janus import TAGS
 # %% auto #0
 __all__ = ['LAYER_NAMES', 'TOP_NAMES', 'VQ_FOLDER', 'VQ_WEIGHTS', 'LLADA', 'SIZES', 'SPECIALS', 'FRAME', 'TEMPLATES', 'BLANK',
            'llada_name', 'TokenIds', 'llama_config', 'build', 'body_state', 'dimoo_shapes', 'llada_words', 'new_dimoo',
-           'Unmasking', 'DimooPolicy']
+           'RowHead', 'Unmasking', 'DimooPolicy']
 
 # %% ../../nbs/23_policies.dimoo.ipynb #names
 LAYER_NAMES = dict(attn_norm="input_layernorm", ff_norm="post_attention_layernorm", q_proj="self_attn.q_proj", k_proj="self_attn.k_proj",
@@ -154,6 +154,10 @@ def new_dimoo(
 # %% ../../nbs/23_policies.dimoo.ipynb #policy
 BLANK = 2**30                               # in states: a place still to be filled
 
+class RowHead(torch.nn.Linear):
+    "A head that can be asked about a block of its rows only."
+    def forward(self, x: Tensor, rows: slice = slice(None)) -> Tensor: return F.linear(x, self.weight[rows])
+
 @dataclass(frozen=True)
 class Unmasking:
     "How blanks are filled, and how the log-probability of what fills them is estimated."
@@ -178,13 +182,13 @@ class DimooPolicy(Policy):
     "Lumina-DiMOO: answers, pictures and edits by masked diffusion."
     tasks = ("generate", "answer", "edit", "joint")
     trains = ("model",)
-    takes_weights = True                                             # rows of the head
     lora_targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     draws_with = tuple(f.name for f in fields(Unmasking))
 
     def __init__(self, net, vq, tokenizer, config: dict, name: str = "dimoo"):
         super().__init__()
         self.model, self.vq, self.tokenizer, self.config, self.name = net, vq.requires_grad_(False), tokenizer, config, name
+        net.lm_head.__class__ = RowHead                                             # the same weight, asked through its module, where what is shared out is gathered
         self.ids, self.drawing = from_section(TokenIds, config.get("tokens", {}), "tokens"), from_section(Unmasking, config.get("drawing", {}), "drawing")
         self.templates, self.codes = TEMPLATES | config.get("templates", {}), vq.config.num_vq_embeddings
         self.unit = 2 ** (len(vq.config.block_out_channels) - 1)                    # pixels of a code
@@ -306,9 +310,9 @@ class DimooPolicy(Policy):
     def _head(self, kind: str):
         "Logits of what may fill a blank: codes, or words."
         head, i = self.net.lm_head, self.ids
-        if kind == "image": return lambda x: F.linear(x, head.weight[i.image:i.image + self.codes])
+        if kind == "image": return lambda x: head(x, slice(i.image, i.image + self.codes))
         never = torch.tensor([k for k in (i.mask, i.pad) if k < i.image], device=self.device)
-        return lambda x: F.linear(x, head.weight[:i.image]).index_fill(-1, never, -torch.inf)
+        return lambda x: head(x, slice(i.image)).index_fill(-1, never, -torch.inf)
 
     def _states(self, prompt_bP: Tensor, mask_bP: Tensor, kind: str, size: tuple, state_bT: Tensor) -> Tensor:
         "[b, T, D] final states of the places behind their prompts; everything sees everything."
