@@ -76,10 +76,11 @@ def runs(base) -> Path:
     "All runs without accidents, made by one torchrun after another, so that libraries are imported once."
     d = base
     for spec in (run(d/"janus"), run(d/"bagel", recipe="lvrpo", policy="tiny-bagel"), run(d/"uneven", "rollout.prompts=3"), run(d/"lora", "model.lora_rank=4"),
-                 run(d/"lean", *LEAN), run(d/"one-two", "steps=2"), run(d/"one-fsdp", "steps=2")): train(progress=False, **spec)
+                 run(d/"lean", *LEAN), run(d/"dimoo", policy="tiny-dimoo"), run(d/"one-two", "steps=2"), run(d/"one-fsdp", "steps=2")): train(progress=False, **spec)
     two = [run(d/f"janus-{z}", how) for z, how in ENGINES.items() if z not in ("0", "2")] + [run(d/f"bagel-{z}", how, recipe="lvrpo", policy="tiny-bagel") for z, how in ENGINES.items()]
     two += [run(d/f"{name}-{z}", *more, ENGINES[z]) for name, more in (("uneven", ["rollout.prompts=3"]), ("lora", ["model.lora_rank=4"])) for z in ("0", "3", "fsdp")]
     two += [run(d/"lean-fsdp", *LEAN, ENGINES["fsdp"])]
+    two += [run(d/"chunks-3", "model.logp_chunk=16", ENGINES["3"]), run(d/"dimoo-3", "model.logp_chunk=64", ENGINES["3"], policy="tiny-dimoo")]
     two += [run(d/f"uneven-{z}-layer", "rollout.prompts=3", ENGINES[z], "engine.gather=layer") for z in ("3", "fsdp")]
     two += [run(d/"lora-fsdp-layer", "model.lora_rank=4", ENGINES["fsdp"], "engine.gather=layer")]
     two += [run(d/"bagel-3-layer", ENGINES["3"], "engine.gather=layer", recipe="lvrpo", policy="tiny-bagel")]
@@ -108,6 +109,12 @@ def test_uneven_shares_and_adapters(runs, name, engine): same(runs/name, runs/f"
 def test_layer_by_layer_the_same_is_drawn(runs, name):
     "Weights gathered for a whole rollout, or each layer's while a pass is in it: the same numbers, to the last bit. Answers end at different times in the two processes, and of three prompts one has two."
     assert numbers(runs/name) == numbers(runs/f"{name}-layer")
+
+
+@pytest.mark.parametrize("one, two", [("janus", "chunks-3"), ("dimoo", "dimoo-3")])
+def test_a_head_that_is_asked_more_often_in_one_process(runs, one, two):
+    "Log-probabilities in chunks: a process with longer answers has more of them, so that weights gathered by each call of the head made ZeRO 3 wait for ever."
+    same(runs/one, runs/two)
 
 
 def test_pieces_gathered_in_16_bits_and_activations_that_are_recomputed(runs):

@@ -22,8 +22,8 @@ from ..mechanisms.tokens import StreamedLayers
 from ..policies.base import Policy
 
 # %% auto #0
-__all__ = ['ranks', 'is_main', 'deepspeed_config', 'Crew', 'Engine', 'largest_stack', 'Borrowed', 'ZeroEngine', 'linear_units',
-           'fsdp_config', 'FsdpEngine', 'build_engine']
+__all__ = ['ranks', 'is_main', 'deepspeed_config', 'Crew', 'Engine', 'largest_stack', 'Borrowed', 'ZeroEngine', 'Apart',
+           'linear_units', 'fsdp_config', 'FsdpEngine', 'build_engine']
 
 # %% ../../nbs/49_train.engine.ipynb #rank
 def ranks() -> tuple[int, int]:
@@ -132,11 +132,14 @@ class Engine(Crew):
         self.optimizer = self.accelerator.prepare(optimizer)
 
     def _place(self) -> None:
-        "Policy and reference on the device, with one start for all, whatever each process has drawn for new adapters."
-        self.policy.to(self.device)
-        if (frozen := getattr(self.policy, "_reference", None)) is not None: frozen.to(self.device)         # no submodule of the policy
-        if self.ranks > 1:
-            for p in self.trained.values(): torch.distributed.broadcast(p.data, 0)
+        "One start for all, whatever each process has drawn for new adapters; policy and reference on the device, but for parameters that will be cut into pieces: those get there one by one."
+        for p in self.trained.values() if self.ranks > 1 else ():
+            torch.distributed.broadcast(x := p.data.to(self.device), 0)
+            p.data.copy_(x)
+        for net in (self.policy, getattr(self.policy, "_reference", None)):         # no submodule of the policy
+            if net is None: continue
+            if not self.cut: net.to(self.device)
+            for b in net.buffers(): b.data = b.data.to(self.device)
 
     def autocast(self): return self.accelerator.autocast()
 
@@ -327,7 +330,8 @@ def _emptied(module: nn.Module) -> nn.Module:
 
 def _hollow(policy: Policy) -> Policy:
     "A copy, without its reference, with no numbers in its parameters."
-    return _emptied(copy.deepcopy(policy, {id(getattr(policy, "_reference", None)): None}))
+    empty = {id(p): nn.Parameter(torch.empty(0, dtype=p.dtype), p.requires_grad) for p in policy.parameters()}
+    return copy.deepcopy(policy, empty | {id(getattr(policy, "_reference", None)): None})
 
 # %% ../../nbs/49_train.engine.ipynb #zero
 class ZeroEngine(Engine):
@@ -343,29 +347,39 @@ class ZeroEngine(Engine):
         deepspeed = _deepspeed()
         self.config = deepspeed_config(self.zero, self.precision, self.grad_norm, self.offload)
         frozen = getattr(self.policy, "_reference", None)
-        empty, stack = (_hollow(self.policy), _streamed(self.policy, self.gather)) if self.zero == 3 else (None, "")
         self._place()
+        if self.zero == 3: empty, stack, all_layers = _hollow(self.policy), _streamed(self.policy, self.gather), largest_stack(self.policy)
+        if self.zero == 3: _cut_on_the_way(self.policy, self.config)
         self.engine, self.optimizer, *_ = deepspeed.initialize(model=self.policy, optimizer=optimizer, config=self.config)
-        self.frozen = None
-        if frozen is not None and self.zero == 3:
+        self.frozen, self.apart, self.frozen_apart = None, Apart(), Apart()
+        if self.zero < 3: return
+        self.apart = Apart(self.optimizer.parameter_offload, self.policy, all_layers)
+        if frozen is not None:
             alone = {k: v for k, v in self.config.items() if not k.startswith(("gradient_clipping", "zero_allow", "zero_force", "check_grad"))}
-            shard = {k: v for k, v in self.config["zero_optimization"].items() if k != "offload_optimizer"}
-            self.frozen = deepspeed.initialize(model=frozen, config=alone | dict(zero_optimization=shard))[0]
-        if empty is not None: self.borrowed = Borrowed(empty, self.policy, self._lend, self, stack)
+            alone |= dict(zero_optimization={k: v for k, v in self.config["zero_optimization"].items() if k != "offload_optimizer"})
+            _cut_on_the_way(frozen, alone)
+            self.frozen = deepspeed.initialize(model=frozen, config=alone)[0]
+            self.frozen_apart = Apart(self.frozen.optimizer, frozen, all_layers)
+        self.borrowed = Borrowed(empty, self.policy, self._lend, self, stack)
 
     @contextlib.contextmanager
     def _lend(self, pieces: list) -> Iterator[list]:
         import deepspeed
         with deepspeed.zero.GatheredParameters(pieces): yield [p.data for p in pieces]
 
-    def forward(self, part, also=()): return self.engine(part, also) if also else self.engine(part)
+    def forward(self, part, also=()):
+        self.apart.gather()
+        return self.engine(part, also) if also else self.engine(part)
 
     @contextlib.contextmanager
     def reference(self):
+        apart = self.apart if self.frozen is None else self.frozen_apart
+        apart.gather()
         if self.frozen is None:
             with super().reference() as ref: yield ref
-            return
-        with torch.no_grad(): yield self.frozen
+        else:
+            with torch.no_grad(): yield self.frozen
+        apart.release()
 
     def backward(self, loss): self.engine.backward(loss * self.ranks)
 
@@ -374,6 +388,7 @@ class ZeroEngine(Engine):
         for p in self.trained.values() if self.zero == 1 else ():      # reduced at the step, parameter by parameter
             if p.grad is None: p.grad = torch.zeros_like(p)
         for g in (*self.optimizer.param_groups, *self.optimizer.optimizer.param_groups): g["lr"] = lr
+        self.apart.release()
         self.engine.step()
         if self.zero == 3: self.optimizer.grad_partitions_flat_buffer.zero_()           # else a parameter that the next step's first pass does not touch keeps this step's
         norm, moved = float(self.engine.get_global_grad_norm() or 0.0), bool(self.engine.was_step_applied())
@@ -423,6 +438,33 @@ class ZeroEngine(Engine):
         else:
             for i in range(len(self._masters())): self.optimizer._reassign_or_swap_out_partitioned_parameters(i)
 
+class Apart:
+    "What lies outside of the stack of layers, with ZeRO 3: without DeepSpeed's hooks, put together and let go of by hand."
+    def __init__(self, hooks=None, policy: Policy | None = None, stack: str = ""):
+        self.params, self.whole = [], False
+        if policy is None: return
+        within = lambda name: bool(stack) and f"{name}.".startswith(f"{stack}.")
+        free = [m for n, m in policy.named_modules() if n and not within(n) and not f"{stack}.".startswith(f"{n}.")]
+        calls = {id(found) for m in free for found in (m._forward_pre_hooks, m._forward_hooks)}
+        for h in (*hooks.forward_hooks, *hooks.backward_hooks):
+            if id(h.hooks_dict_ref()) in calls: h.remove()
+        self.params = [p for n, p in policy.named_parameters() if not within(n)]
+
+    def gather(self) -> None:
+        if self.params and not self.whole: self.params[0].all_gather(param_list=self.params)
+        self.whole = True
+
+    def release(self) -> None:
+        if self.params and self.whole: self.params[0].partition(param_list=self.params)
+        self.whole = False
+
+def _cut_on_the_way(policy: Policy, config: dict) -> None:
+    "Give each parameter its precision and cut it into pieces, one after the other."
+    import deepspeed
+    half = {k: getattr(torch, v) for k, v in dict(bf16="bfloat16", fp16="float16").items() if config[k]["enabled"]}
+    for p in policy.parameters() if half else (): p.data = p.data.to(*half.values())
+    deepspeed.zero.Init(module=policy, config_dict_or_path=config)
+
 def _deepspeed():
     "DeepSpeed, without the minute-long compilation of an operator that only shared memory on CPUs uses."
     import deepspeed
@@ -459,8 +501,8 @@ class FsdpEngine(Engine):
 
     def _prepare(self, optimizer: torch.optim.Optimizer) -> None:
         from torch.distributed.device_mesh import init_device_mesh
-        frozen, empty, stack = getattr(self.policy, "_reference", None), _hollow(self.policy), _streamed(self.policy, self.gather)
         self._place()
+        frozen, empty, stack = getattr(self.policy, "_reference", None), _hollow(self.policy), _streamed(self.policy, self.gather)
         mesh = init_device_mesh(self.device.type, (self.ranks,))
         for net in (self.policy, frozen):
             if net is not None: _cut(net, mesh, fsdp_config(self.precision))
