@@ -200,6 +200,19 @@ def test_guidance_off_outside_its_interval(policy, prompts):
         free, guided = policy.velocity(context, index, (3, 3))(x, t), policy.velocity(context, index, (3, 3), 4.0, g)(x, t)
     assert torch.equal(free[0], guided[0]) and not torch.allclose(free[1], guided[1])
 
+def test_only_sampling_leaves_guidance_out_for_good(policy, prompts, monkeypatch):
+    "In training two processes have other times and must make the same passes: else one waits for the other's layers for ever."
+    context, index = policy._draw_context(prompts[:2], {}, None, 1)
+    x, g, passes, through = torch.randn(2, 9, 32, generator=gen()), Guidance(interval=(0.3, 1.0)), [], type(policy)._continue
+    monkeypatch.setattr(type(policy), "_continue", lambda *a: passes.append(1) or through(*a))
+    def count(t, **how):
+        v = policy.velocity(context, index, (3, 3), 4.0, g, **how)
+        passes.clear()
+        with torch.no_grad(): out = v(x, torch.full((2,), t))
+        return len(passes), out
+    (low, a), (high, _), (lazy, b), (lazy_high, _) = count(0.2), count(0.4), count(0.2, lazy=True), count(0.4, lazy=True)
+    assert (low, high, lazy, lazy_high) == (high, high, 1, high) and high > 1 and torch.equal(a, b)
+
 def test_renorm_by_hand():
     v, u, w = torch.randn(3, 2, 4, 6, generator=gen())
     a = u + 3 * (v - u)

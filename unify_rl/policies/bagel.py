@@ -699,8 +699,9 @@ class BagelPolicy(Policy):
         return self.body(x_bTD, route, pos_bT, attend_for, self.remat, keep)
 
     # -- the flow
-    def velocity(self, context: dict, index_b: Tensor, grid: tuple, cfg: float = 1.0, guidance: Guidance = Guidance(), heard: list | None = None) -> Callable:
-        "`v(x_bLC, t_b)` for rows conditioned on contexts `index_b`; every context is run once, here. `heard` collects the teacher's layer, [b, L, D] a call."
+    def velocity(self, context: dict, index_b: Tensor, grid: tuple, cfg: float = 1.0, guidance: Guidance = Guidance(), heard: list | None = None, lazy: bool = False) -> Callable:
+        """`v(x_bLC, t_b)` for rows conditioned on contexts `index_b`; every context is run once, here. `heard` collects the teacher's layer, [b, L, D] a call.
+        `lazy` leaves out guidance where no row's time asks for it: to sample, for in training all processes must make the same passes."""
         b, L, place = len(index_b), math.prod(grid), self._places(grid)
         full = self.prefix(context)
         no_text = self.prefix(context, NO_TEXT) if cfg > 1 else None
@@ -717,7 +718,7 @@ class BagelPolicy(Policy):
             keep = None if heard is None else {self.teacher_layer: None}
             out, on = one(full, tokens, keep), (t_b > guidance.interval[0]) & (t_b <= guidance.interval[1])
             if keep: heard.append(keep[self.teacher_layer][:, 1:-1])
-            if cfg <= 1 or not bool(on.any()): return out
+            if cfg <= 1 or (lazy and not bool(on.any())): return out
             guided = guide_velocity(out, one(no_text, tokens), None if no_image is None else one(no_image, tokens), cfg, guidance)
             return torch.where(on[:, None, None], guided, out)
         return v
@@ -822,10 +823,10 @@ class BagelPolicy(Policy):
         noise = normal_like(torch.empty(len(rows), math.prod(grid), self.net.vae2llm.in_features, device=self.device), noises)
         times, ahead = flow["times"], window[0] if d.same_start and thoughts is None else 0
         witness = self._witness(rows, d.steps, window, grid)
-        if ahead: noise = sample_flow(witness.over(self.velocity(context, index[::G], grid, cfg, guidance), G), noise[::G], times[:ahead + 1]).final      # once a group
+        if ahead: noise = sample_flow(witness.over(self.velocity(context, index[::G], grid, cfg, guidance, lazy=True), G), noise[::G], times[:ahead + 1]).final      # once a group
         elif d.same_start: noise = noise[::G]
         if d.same_start: noise = noise.repeat_interleave(G, 0)
-        s = sample_flow(witness.over(self.velocity(context, index, grid, cfg, guidance)), noise, generator=noises, basis=basis_of(d.subspace, noise),
+        s = sample_flow(witness.over(self.velocity(context, index, grid, cfg, guidance, lazy=True)), noise, generator=noises, basis=basis_of(d.subspace, noise),
                         **flow | dict(times=times[ahead:], window=[i - ahead for i in window]))
         for b, im in zip(rows.tolist(), self.pictures(s.final, grid)): out.images[b] = im
         actions = e.actions(s, d)
