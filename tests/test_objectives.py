@@ -5,11 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import unify_rl
 from unify_rl.core import Rollout, UserError, generator_for
 from unify_rl.grpo.objective import objective, token_weights
-from unify_rl.policies.bagel import new_bagel
+from unify_rl.policies.bagel import BagelPolicy, new_bagel
 from unify_rl.rewards.siglip import load_siglip
 from unify_rl.rewards.verifiable import build_rewards
 from unify_rl.train.config import load_config
@@ -93,6 +94,17 @@ def test_lvrpo_runs_with_each_estimator(folder, tmp_path):
                              "drawing": {"estimator": estimator, "steps": 4}}, objective={"betas": {"image": 1.0}}, **NO_TEST)
         assert list(run.metrics["step"]) == [1, 2] and run.metrics["objective/kl"].iloc[0] >= 0
 
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_file_of_16_bits_is_trained_in_32(folder, tmp_path, precision):
+    "BAGEL's official weights are bf16, of which a step of 1e-6 changes next to none."
+    BagelPolicy.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(tmp_path/"half")
+    unify_rl.train("lvrpo", tmp_path/"half", steps=1, run_dir=str(tmp_path/"run"), rollout={"prompts": 4, "group_size": 2, "max_text": 8}, data={"tasks": {"generate": 1.0}},
+                   optimizer={"lr": 1e-6, "warmup": 0}, model={"precision": precision}, **NO_TEST)
+    before, after = load_file(tmp_path/"half"/"ema.safetensors"), load_file(tmp_path/"run"/"policy"/"ema.safetensors")
+    name = "language_model.model.layers.0.mlp_moe_gen.up_proj.weight"
+    assert before[name].dtype == torch.bfloat16 and after[name].dtype == torch.float32
+    assert (before[name] != after[name]).float().mean() > .9
 
 def test_a_learned_router_is_balanced_by_its_loss(folder, tmp_path):
     "The same short run with and without a price on imbalance; the router is saved with the policy."

@@ -77,6 +77,7 @@ class Trainer:
         self.learners = {r.name: r for r in rewards if getattr(r, "learner", None)}
         absent = [t for t in cfg.log.trackers if not importlib.util.find_spec(t)]
         if absent: raise UserError(f"log.trackers names {absent[0]!r}, which is not installed: pip install {absent[0]}, or leave it out")
+        policy.float()                      # steps are smaller than 16 bits can tell apart, however the file keeps its numbers
         policy.remat, policy.logp_chunk = cfg.model.checkpoint_activations, cfg.model.logp_chunk
         policy.check_further(cfg.objective.further, cfg.objective.exact)
         if cfg.model.experts: policy.upcycle(cfg.model.experts, cfg.model.top_k)
