@@ -576,6 +576,8 @@ def test_a_launched_run_says_how_it_is_continued(how, start, words, tmp_path):
     assert main(shlex.split(continue_command(tmp_path/"run"))[1:]) == 0                      # the scripts that are there are no conflict
     again = json.loads((tmp_path/"run"/"launch"/"job.json").read_text())
     assert continue_command(tmp_path/"run") and {k: again[k] for k in ("world", "nodes", "zero", "fsdp", "hosts")} == {k: noted[k] for k in ("world", "nodes", "zero", "fsdp", "hosts")}
+    (tmp_path/"run"/"config.yaml").write_text("stages: [{name: first, recipe: grpo}]")
+    assert continue_command(tmp_path/"run"/"first") == continue_command(tmp_path/"run") and continue_command(tmp_path/"run"/"other") is None
     (tmp_path/"run"/"launch"/"job.json").write_text("{")
     assert continue_command(tmp_path/"run") is None
 
@@ -673,10 +675,12 @@ SRUN = """#!/bin/bash
 # As Slurm's: SIGUSR1 is passed on to the task, and a SIGTERM kills it.
 echo "$@" > {here}/srun
 while [ "${{1#--}}" != "$1" ]; do shift; done
-setsid "$@" &
+set -m
+"$@" &
 task=$!
+set +m
 trap 'kill -USR1 $task' USR1
-trap 'echo "srun: forcing job termination"; kill -KILL -$task; pkill -KILL -s $task' TERM
+trap 'echo "srun: forcing job termination"; kill -KILL -- -$task' TERM
 while :; do wait $task; code=$?; kill -0 $task 2>/dev/null || break; done
 exit $code
 """

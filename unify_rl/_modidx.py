@@ -1894,6 +1894,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'unify_rl.train.launch._run': ('train.launch.html#_run', 'unify_rl/train/launch.py'),
                                        'unify_rl.train.launch._sbatch': ('train.launch.html#_sbatch', 'unify_rl/train/launch.py'),
                                        'unify_rl.train.launch._sizes': ('train.launch.html#_sizes', 'unify_rl/train/launch.py'),
+                                       'unify_rl.train.launch._stage_names': ('train.launch.html#_stage_names', 'unify_rl/train/launch.py'),
                                        'unify_rl.train.launch._who': ('train.launch.html#_who', 'unify_rl/train/launch.py'),
                                        'unify_rl.train.launch._write': ('train.launch.html#_write', 'unify_rl/train/launch.py'),
                                        'unify_rl.train.launch.about': ('train.launch.html#about', 'unify_rl/train/launch.py'),

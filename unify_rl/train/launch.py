@@ -475,8 +475,10 @@ def edited(
 def continue_command(
     run_dir: str | Path,
 ) -> str | None:            # None: this run was not launched
-    "The command that continues a launched run as it was spread and started."
-    try: job = json.loads((Path(run_dir)/"launch"/"job.json").read_text(encoding="utf-8"))
+    "The command that continues a launched run as it was spread and started; for a stage, that of the run it belongs to."
+    run_dir = Path(run_dir)
+    if not (run_dir/"launch").exists() and run_dir.name in _stage_names(run_dir.parent): run_dir = run_dir.parent
+    try: job = json.loads((run_dir/"launch"/"job.json").read_text(encoding="utf-8"))
     except (OSError, ValueError): return None
     if not isinstance(job, dict) or "recipe" not in job: return None
     words = ["--gpus", job.get("gpus", 1), *(["--processes", job["processes"]] if job.get("processes") else [])]
@@ -484,6 +486,11 @@ def continue_command(
     for key, value in usual.items():
         if job.get(key, value) != value: words += [f"--{key}", job[key]]
     return shlex.join(map(str, ["unify_rl", "launch", job["recipe"], *words, *["--fsdp"] * bool(job.get("fsdp")), "--resume", f"run_dir={run_dir}"]))
+
+def _stage_names(run_dir: Path) -> list[str]:
+    "The stages of a run; none, if it is no run of stages."
+    try: return [s["name"] for s in read_layer(run_dir/"config.yaml")[0].get("stages", [])]
+    except UserError: return []
 
 # %% ../../nbs/60_train.launch.ipynb #launch
 def launch(
