@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import signal
 import stat
 import subprocess
@@ -22,8 +23,9 @@ from unify_rl.policies.load import load_policy
 from unify_rl.rewards.verifiable import per_sample
 from unify_rl.run import Screen, _prepare
 from unify_rl.train import plan as planner
-from unify_rl.train.config import apply_overrides, load_config
-from unify_rl.train.launch import Job, check_job, environment, launch, launch_files, node_script, read_hosts, slurm_script, ssh_script
+from unify_rl.train.config import apply_overrides, load_config, to_yaml
+from unify_rl.train.launch import (ATTACHED, Job, check_job, continue_command, environment, launch, launch_files, node_commands, node_script, read_hosts, remarks, slurm_script, ssh_script,
+                                   summary, train_words)
 from unify_rl.train.plan import (HOLLOW, Layout, Live, advise, count, full_size, imagined, parse_gpus, plan, plan_record, plan_recipe, plan_table, ready, rehearse, reward_models,
                                  share_of, sizes, states, verdict)
 from unify_rl.train.runlog import RunLog
@@ -272,7 +274,8 @@ def dry(tmp_path, the_job, **kwargs):
     said = []
     assert launch(the_job, dry_run=True, say=said.append, **kwargs) == 0
     assert not (tmp_path/"run").exists()
-    return "\n".join(said).replace(f"VENV-{sys.prefix if sys.prefix != sys.base_prefix else ''}}}", "VENV-}").replace(str(tmp_path), "/scratch").replace(os.getcwd(), "/home/me")
+    text = "\n".join(said).replace(f"VENV={shlex.quote(sys.prefix)}", "VENV=''").replace(str(tmp_path), "/scratch").replace(os.getcwd(), "/home/me")
+    return re.sub(r'"(environment|script)": "\w+"', r'"\1": "..."', text)
 
 
 @pytest.mark.parametrize("name", ["slurm", "hosts", "cpu", "fsdp"])
@@ -293,8 +296,7 @@ def test_dry_runs_read_as_they_did(name, tmp_path):
 @pytest.mark.parametrize("kwargs, settings, message", [
     (dict(zero=4), [], "--zero is 4"), (dict(nodes=0), [], "--nodes is 0"), (dict(gpus=-1), [], "--gpus is -1"), (dict(gpus=2, processes=2), [], "--processes 2 is for machines without GPUs"),
     (dict(lora=-1), [], "--lora is -1"), (dict(hours=0), [], "--hours is 0"), (dict(recipe="gropo"), [], "Did you mean 'grpo'"), (dict(policy="tiny-janos"), [], "Did you mean 'tiny-janus'"),
-    (dict(gpus=8, nodes=4), ["rollout.prompts=20"], "for 32 processes it must be a multiple of 32; the nearest is rollout.prompts=32"),
-    (dict(gpus=5), ["rollout.prompts=16"], "must be a multiple of 5; the nearest is rollout.prompts=15"),
+    (dict(grace=60), [], "--grace is 60; it must be from 120"),
     (dict(gpus=1), ["rollout.prompts=x"], "rollout.prompts: expected a whole number"), (dict(gpus=1), ["engine.zero=2"], "give --zero instead"),
     (dict(gpus=1), ["engine.fsdp=true"], "give --fsdp instead"), (dict(gpus=2, zero=3, fsdp=True), [], "--fsdp and --zero 3: give one of the two"), (dict(gpus=2, fsdp=True), ["model.precision=fp16"], "fp32 or bf16"),
     (dict(recipe="pairuni", gpus=8), ["data.path=nowhere", "rollout.prompts=16"], "nowhere"), (dict(resume=True), [], "--resume: there is no run"), (dict(gpus=1, config_file="no.yaml"), [], "no.yaml")])
@@ -307,8 +309,177 @@ def test_pairs_are_divided_whole(tmp_path):
     with pytest.raises(UserError, match="must be a multiple of 16; the nearest is rollout.prompts=32"): check_job(job(tmp_path, "rollout.prompts=24", recipe="pairuni", gpus=8), strict=False)
 
 
-def test_stages_are_checked_each(tmp_path):
-    with pytest.raises(UserError, match="corl-unified: rollout.prompts is 12, for 8 processes"): check_job(job(tmp_path, recipe="corl", gpus=8))
+def test_uneven_prompts_are_a_waste_and_no_mistake(tmp_path):
+    "The trainer deals them out as they come; only a note says so, and what it says to type makes it go away."
+    note, = check_job(job(tmp_path, "rollout.prompts=3", gpus=0, processes=2))
+    assert note == "grpo: with 3 prompts a step some of 2 processes have 1 and wait for those with more; to use all: rollout.prompts=4"
+    note, = check_job(job(tmp_path, "rollout.prompts=20", gpus=8, nodes=4))
+    assert "with 20 prompts a step 12 of 32 processes only keep the others company" in note and check_job(job(tmp_path, note.rpartition(" ")[2], gpus=8, nodes=4)) == []
+
+
+@pytest.mark.slow
+def test_more_processes_than_prompts_train_as_one_does(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONPATH", str(Path(doctor.__file__).parents[1]))
+    for name, n in (("one", 1), ("two", 2)):
+        assert launch(job(tmp_path, "rollout.prompts=1", "rollout.group_size=4", "rollout.max_text=8", "steps=2", "evaluate.suites=[]", f"run_dir={tmp_path}/{name}", gpus=0, processes=n)) == 0
+    for a, b in zip(metrics(tmp_path/"one"), metrics(tmp_path/"two"), strict=True):
+        assert all(b[k] == (v if v is None or isinstance(v, (str, list)) else pytest.approx(v, rel=2e-5, abs=2e-5)) for k, v in a.items())
+
+
+def typed(text): return shlex.split(text)[0]                # as a shell gives it
+
+
+@pytest.mark.parametrize("recipe, policy, asked", [("lvrpo", "ByteDance-Seed/BAGEL-7B-MoT", None), ("corl", "deepseek-community/Janus-Pro-1B", None),
+    ("pairuni", "deepseek-community/Janus-Pro-1B", "rollout.prompts=64"), ("pairuni", "deepseek-community/Janus-Pro-7B", "rollout.prompts=64")])
+def test_full_scale_recipes_start_on_32_gpus(recipe, policy, asked, tmp_path, capsys):
+    "As they are, or with exactly what the message says."
+    from unify_rl.cli import main
+    words = ["launch", recipe, "--policy", policy, "--gpus", "8", "--nodes", "4", "--torchrun", "--dry-run", f"run_dir={tmp_path}/run"]
+    assert main(words) == (2 if asked else 0)
+    said = capsys.readouterr()
+    if asked: assert asked == said.err.split()[-1] and main([*words, asked]) == 0
+    if recipe == "corl":                                    # its stages have settings of their own, and keep them
+        better = [typed(n.partition("to use all: ")[2]) for n in said.out.splitlines() if n.startswith("note: stage")]
+        assert better == ['stages.unified.settings=["rollout.prompts=32"]', 'stages.refined.settings=["task=both", "rollout.prompts=32"]']
+        assert main([*words, *better]) == 0 and "note: stage" not in (again := capsys.readouterr().out) and "a step of stage refined: 32 prompts (1 a process)" in again
+
+
+def test_a_setting_of_training_is_of_the_stages(tmp_path):
+    with pytest.raises(UserError, match="corl consists of stages and has no rollout.prompts of its own") as e: check_job(job(tmp_path, "rollout.prompts=32", recipe="corl", gpus=8))
+    better = [typed(t) for t in str(e.value).partition("for a stage: ")[2].split(", or ")]
+    j = job(tmp_path, *better, recipe="corl", gpus=8)
+    assert check_job(j) == [] and j.cfg.stages[1].settings == ["task=both", "rollout.prompts=32"]
+
+
+def staged(tmp_path, monkeypatch, *stages):
+    "A recipe of such stages."
+    (tmp_path/"mine.yaml").write_text(json.dumps(dict(stages=list(stages))))
+    return dict(recipe="corl", config_file=str(tmp_path/"mine.yaml"))
+
+
+def test_pairs_of_a_stage_are_divided_as_the_message_says(tmp_path, monkeypatch):
+    recipe = staged(tmp_path, monkeypatch, dict(name="only", recipe="pairuni", settings=["rollout.prompts=24", "rewards=[{name: accuracy}, {name: strict}]"]))
+    with pytest.raises(UserError, match=r"stage only \(pairuni\): rollout.prompts is 24") as e: check_job(job(tmp_path, gpus=8, **recipe), strict=False)
+    better = typed(str(e.value).rpartition(", as ")[2])
+    assert "rewards=[{name: accuracy}, {name: strict}]" in better
+    assert [n for n in check_job(job(tmp_path, better, gpus=8, **recipe), strict=False) if "prompts" in n] == []
+
+
+def test_lora_reaches_every_stage(tmp_path):
+    "As settings that the trainer takes; and once more when the run is continued."
+    from unify_rl.run import resumed_config, stage_configs
+    j = job(tmp_path, "evaluate.suites=[]", recipe="corl", gpus=0, processes=2, lora=4)
+    assert check_job(j) == [] and "LoRA of rank 4" in summary(j)
+    cfg = load_config("corl", "tiny-janus", overrides=train_words(j)[4:])
+    assert [c.model.lora_rank for _, c in stage_configs(cfg)] == [4, 4] and stage_configs(cfg)[1][1].task == "both"
+    j.folder.mkdir(); (j.folder/"config.yaml").write_text(to_yaml(cfg))
+    again = job(tmp_path, recipe="corl", gpus=0, processes=2, lora=4, resume=True)
+    assert check_job(again) == [] and again.cfg == resumed_config("corl", "tiny-janus", None, again.overrides)
+
+
+@pytest.mark.parametrize("how, message", [(dict(zero=3), "looks through the policy's own eyes .tim."), (dict(fsdp=True), "use --zero 2"), (dict(zero=2), None)])
+def test_what_the_trainer_refuses_is_refused_before_the_queue(how, message, tmp_path, monkeypatch):
+    try: assert check_job(job(tmp_path, recipe="corl", gpus=4, **how)) == [] and message is None
+    except UserError as e: assert message and re.search(message, str(e))
+    served = job(tmp_path, "rewards=[{name: tim, settings: {url: http://here}}, {name: format}]", gpus=4, **how)
+    assert check_job(served) == []                          # elsewhere it looks through nothing of ours
+
+
+def test_a_policy_that_zero_3_cannot_gather(tmp_path, monkeypatch):
+    from unify_rl.policies.janus import JanusPolicy
+    monkeypatch.setattr(JanusPolicy, "takes_weights", True)
+    with pytest.raises(UserError, match="tiny-janus uses weights outside of their modules.*use --zero 2 or --fsdp"): check_job(job(tmp_path, gpus=2, zero=3))
+    assert check_job(job(tmp_path, gpus=2, zero=2)) == check_job(job(tmp_path, gpus=2, fsdp=True)) == []
+
+
+def test_a_reward_that_learns_wants_one_process(tmp_path):
+    with pytest.raises(UserError, match="reward 'semantic' learns"): check_job(job(tmp_path, "rewards.semantic.settings.learn=1e-4", recipe="lvrpo", gpus=4))
+    assert check_job(job(tmp_path, "rewards.semantic.settings.learn=1e-4", recipe="lvrpo", gpus=1)) == []
+
+
+def test_the_names_of_rewards_that_look_through_the_policy():
+    "All rewards, made: the launcher's list is complete."
+    from unify_rl.rewards.verifiable import MODULES, REWARDS, Eyes, make_reward
+    assert {n for n in (*REWARDS, *MODULES) if make_reward(n, {}, Eyes()).attach} == set(ATTACHED)
+
+
+def test_a_resumed_job_is_the_run_it_continues(tmp_path):
+    "What is said and checked is the run's configuration, not the recipe's."
+    saved = load_config("grpo", overrides=["rollout.prompts=6", "rollout.group_size=2", "model.precision=bf16", f"run_dir={tmp_path}/run"])
+    (tmp_path/"run").mkdir(); (tmp_path/"run"/"config.yaml").write_text(to_yaml(saved))
+    j = job(tmp_path, gpus=2, zero=1, resume=True, policy=None)
+    assert check_job(j) == [] and "a step: 6 prompts (3 a process) x 2 outputs" in summary(j) and j.cfg.model.precision == "bf16" and j.cfg.engine.zero == 1
+    from unify_rl.cli import main
+    assert main(["launch", "grpo", "--gpus", "2", "--resume", "--dry-run", f"run_dir={tmp_path}/run", "rollout.prompts=8"]) == 2           # the trainer would refuse it, in the queue
+    assert main(["launch", "grpo", "--gpus", "2", "--resume", "--dry-run", f"run_dir={tmp_path}/run", "steps=300"]) == 0
+
+
+def test_deepspeed_files_are_those_of_the_nodes(tmp_path, monkeypatch):
+    "Made on a machine without GPUs for one with: as the engine makes them there, for each stage."
+    from unify_rl.train.engine import deepspeed_config
+    told = lambda zero: lambda cfg: deepspeed_config(zero, cfg.model.precision, cfg.optimizer.grad_norm, cfg.engine.offload)
+    settings = ["engine.offload=optimizer", "stages.unified.settings=[model.precision=bf16, optimizer.grad_norm=0.5]"]
+    j = job(tmp_path, *settings, recipe="corl", gpus=4, zero=2)
+    check_job(j)
+    found = {p.name: json.loads(t) for p, t in launch_files(j, deepspeed_config=told(2)).items() if p.name.startswith("deepspeed")}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert found == {"deepspeed-unified.json": deepspeed_config(2, "bf16", 0.5, "optimizer"), "deepspeed-refined.json": deepspeed_config(2, offload="optimizer")}
+    cpu = job(tmp_path, gpus=0, processes=2, zero=2)
+    check_job(cpu)
+    files = {p.name: t for p, t in launch_files(cpu, deepspeed_config=told(2)).items()}
+    assert json.loads(files["deepspeed.json"])["zero_optimization"]["overlap_comm"] is False and "editing it changes nothing" in files["README.md"] and "scancel" not in files["README.md"]
+    assert any("editing it changes nothing" in n for n in remarks(cpu, {tmp_path/n: t for n, t in files.items()}, None))
+
+
+def test_every_stage_has_its_fsdp_file(tmp_path):
+    j = job(tmp_path, "stages=[{name: a, recipe: grpo}, {name: b, recipe: grpo, settings: [model.precision=bf16]}]", recipe="corl", gpus=4, fsdp=True)
+    check_job(j)
+    found = {p.name: json.loads(t)["mixed_precision"] for p, t in launch_files(j).items() if p.name.startswith("fsdp")}
+    assert found == {"fsdp-a.json": {}, "fsdp-b.json": dict(param_dtype="bfloat16", reduce_dtype="float32")}
+
+
+def test_time_to_save_grows_with_the_policy(tmp_path):
+    "Five minutes and 12 bytes a trained number at 0.3 GB/s, in whole minutes; or as asked."
+    before = lambda **how: re.search(r"--signal=B:USR1@(\d+) ", (check_job(j := job(tmp_path, **how)), slurm_script(j))[1])[1]
+    big = dict(recipe="lvrpo", policy="ByteDance-Seed/BAGEL-7B-MoT", gpus=8, nodes=4)
+    assert before(gpus=8) == "360" and before(**big, zero=3) == "900" and before(**big, zero=3, lora=16) == "360" and before(**big, grace=1234) == "1234"
+    assert before(gpus=8, policy="some/where") == "300"
+    with pytest.raises(UserError, match="--hours 0.1 is 360 s, and 900 s of it are for stopping"): before(**big, hours=0.1)
+
+
+def test_an_environment_changed_by_hand_is_kept(tmp_path):
+    said, own = [], tmp_path/"run"/"launch"/"environment.sh"
+    start = lambda **how: launch(job(tmp_path, "rollout.prompts=32", gpus=8, nodes=2, **how), say=said.append)
+    assert start() == 0 and start(zero=1) == 0 and not any("changed by hand" in t for t in said)
+    text = own.read_text()
+    if sys.prefix != sys.base_prefix: assert f"VENV={shlex.quote(sys.prefix)}" in text
+    own.write_text(text + "export NCCL_DEBUG=INFO\n")
+    (tmp_path/"run"/"config.yaml").write_text(to_yaml(load_config("grpo", overrides=["rollout.prompts=32", f"run_dir={tmp_path}/run"])))
+    for _ in range(2):
+        said.clear()
+        assert start(resume=True) == 0 and any("environment.sh was changed by hand, and is kept" in t for t in said) and own.read_text().endswith("export NCCL_DEBUG=INFO\n")
+    own.write_text(text)
+    said.clear()
+    assert start(resume=True) == 0 and own.read_text() == text and not any("by hand" in t for t in said)
+
+
+def test_a_slurm_script_changed_by_hand_is_kept_when_the_run_goes_on(tmp_path):
+    "And one that is as it was written follows the job."
+    said, script = [], tmp_path/"job.sbatch"
+    start = lambda **how: launch(job(tmp_path, "rollout.prompts=32", gpus=8, **how), slurm=script, say=said.append)
+    assert start(nodes=2) == 0 and start(nodes=4) == 0 and "#SBATCH --nodes=4" in script.read_text()
+    script.write_text(script.read_text().replace("##SBATCH --partition=", "#SBATCH --partition=big"))
+    with pytest.raises(UserError, match="is there already and says something else"): start(nodes=2)
+    (tmp_path/"run"/"config.yaml").write_text(to_yaml(load_config("grpo", overrides=["rollout.prompts=32", f"run_dir={tmp_path}/run"])))
+    for _ in range(2): assert start(nodes=4, resume=True) == 0 and "#SBATCH --partition=big" in script.read_text() and any("job.sbatch was changed by hand, and is kept" in t for t in said)
+
+
+def test_a_reward_servers_token_does_not_travel_by_ssh(tmp_path):
+    asked = lambda **more: job(tmp_path, "rewards=[{name: semantic, settings: {url: http://there%s}}, {name: format}]" % more.get("file", ""), gpus=8, nodes=2)
+    for j, n in ((asked(), 1), (asked(file=", token_file: /shared/token"), 0)):
+        check_job(j)
+        assert len([t for t in remarks(j, {}, None) if "rewards.semantic.settings.token_file=FILE" in t]) == n and remarks(j, {}, "job.sbatch") == []
 
 
 def test_more_gpus_than_there_are(tmp_path, monkeypatch):
@@ -342,7 +513,7 @@ def test_what_is_written(tmp_path):
     "A script job writes its files and starts nothing; the folder is still free for a run."
     said = []
     assert launch(job(tmp_path, "rollout.prompts=32", gpus=8, nodes=2, zero=2), slurm=tmp_path/"job.sbatch", say=said.append) == 0
-    assert sorted(p.name for p in (tmp_path/"run"/"launch").iterdir()) == ["environment.sh", "job.json", "node.sh", "rank.py"] and f"sbatch {tmp_path}/job.sbatch" in said[-1]
+    assert sorted(p.name for p in (tmp_path/"run"/"launch").iterdir()) == ["README.md", "environment.sh", "job.json", "node.sh", "rank.py"] and f"sbatch {tmp_path}/job.sbatch" in said[-1]
     command = json.loads((tmp_path/"run"/"launch"/"job.json").read_text())["command"]
     assert command == ["unify_rl", "train", "grpo", "--policy", "tiny-janus", "engine.zero=2", "rollout.prompts=32", f"run_dir={tmp_path}/run"]
     RunLog(tmp_path/"run")
@@ -356,16 +527,59 @@ def test_a_resumed_run_may_be_spread_in_another_way(tmp_path):
     assert words() == ["engine.zero=0"] and words(fsdp=True) == ["engine.zero=0", "engine.fsdp=true"] and words(zero=3, resume=True) == ["engine.zero=3", "engine.fsdp=false"]
 
 
+NASTY = """it's $HOME `here` "so" 100%"""
+
 def test_nasty_names_stay_words(tmp_path):
     "A folder with spaces and quotes is one word in every script."
-    folder = tmp_path/"it's $HOME `here`"
+    folder = tmp_path/NASTY
     j = Job("grpo", "tiny-janus", gpus=2, nodes=2, zero=1, settings=[f"run_dir={folder}", "rollout.drawing={}"])
     check_job(j)
-    for text in (node_script(j), slurm_script(j), ssh_script(j, ["a", "b"]), environment(j)):
+    for text in (node_script(j), slurm_script(j), ssh_script(j, ["a", "b"]), environment(j), *node_commands(j, ["a", "b"])):
         assert subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True).stderr == ""
-    show = node_script(j).replace("torchrun", "printf '%s\\n'").split("agent=$!")[0].replace("$resume &", "").replace('. "$here/environment.sh"', "")
-    out = subprocess.run(["bash"], input=show, text=True, capture_output=True, env=os.environ | dict(HEAD="a", BASH_ENV="")).stdout.splitlines()
+    show = re.search(r"exec torchrun (.*) \) &", node_script(j), re.S)[1].replace("$resume", "").replace('"$here/', '"')
+    out = subprocess.run(["bash"], input=f"printf '%s\\n' {show}", text=True, capture_output=True, env=os.environ | dict(HEAD="a", BASH_ENV="")).stdout.splitlines()
     assert f"run_dir={folder}" in out and "rollout.drawing={}" in out
+    header = dict(re.findall(r"^#SBATCH --([\w-]+)=(.*?)(?:\s+# .*)?$", slurm_script(j), re.M))
+    assert sbatch_value(header["job-name"]) == NASTY and sbatch_value(header["output"]) == f"{folder}/launch/slurm-%j.out".replace("100%", "100%%")
+
+
+def sbatch_value(text):
+    "What Slurm makes of a value in an #SBATCH line: `_get_argument` of its sbatch."
+    out, quote, escaped = "", "", False
+    for i, c in enumerate(text):
+        if escaped: escaped, out = False, out + c
+        elif c == "\\": escaped = True
+        elif quote and c == quote: quote = ""
+        elif quote: out += c
+        elif c in "\"'": quote = c
+        elif c == "#" or c.isspace(): break
+        else: out += c
+    assert not quote
+    return out
+
+
+@pytest.mark.parametrize("how, start, words", [
+    (dict(gpus=8, nodes=4, zero=3), "slurm", "--gpus 8 --nodes 4 --zero 3 --slurm '{at}/my job.sbatch'"), (dict(gpus=8, nodes=2, fsdp=True, hours=2.5, grace=600), "slurm", "--gpus 8 --nodes 2 --slurm '{at}/my job.sbatch' --hours 2.5 --grace 600 --fsdp"),
+    (dict(gpus=4, zero=1, lora=4), "hostfile", "--gpus 4 --nodes 2 --zero 1 --hostfile {at}/hosts"), (dict(gpus=0, processes=2, nodes=2), "torchrun", "--gpus 0 --processes 2 --nodes 2")])
+def test_a_launched_run_says_how_it_is_continued(how, start, words, tmp_path):
+    "The command that job.json gives is one that the launcher takes, and it asks for the same job."
+    from unify_rl.cli import main, parse
+    (tmp_path/"hosts").write_text("a\nb\n")
+    assert continue_command(tmp_path/"run") is None
+    at = {"slurm": dict(slurm=tmp_path/"my job.sbatch"), "hostfile": dict(hostfile=tmp_path/"hosts"), "torchrun": {}}[start]
+    assert launch(job(tmp_path, "rollout.prompts=32", **how), say=lambda s: None, **at) == 0
+    noted = json.loads((tmp_path/"run"/"launch"/"job.json").read_text())
+    assert noted["start"] == start and continue_command(tmp_path/"run") == f"unify_rl launch grpo {words.format(at=tmp_path)} --resume run_dir={tmp_path}/run"
+    args = parse(shlex.split(continue_command(tmp_path/"run"))[1:])
+    assert all(getattr(args, k) == noted[k] for k in ("recipe", "gpus", "processes", "nodes", "zero", "fsdp", "hours", "grace", "slurm", "hostfile")) and args.resume
+    (tmp_path/"run"/"config.yaml").write_text(to_yaml(load_config("grpo", overrides=["rollout.prompts=32", *["model.lora_rank=4"] * (how.get("lora", 0) > 0), f"run_dir={tmp_path}/run"])))
+    assert main(shlex.split(continue_command(tmp_path/"run"))[1:]) == 0                      # the scripts that are there are no conflict
+    again = json.loads((tmp_path/"run"/"launch"/"job.json").read_text())
+    assert continue_command(tmp_path/"run") and {k: again[k] for k in ("world", "nodes", "zero", "fsdp", "hosts")} == {k: noted[k] for k in ("world", "nodes", "zero", "fsdp", "hosts")}
+    (tmp_path/"run"/"config.yaml").write_text("stages: [{name: first, recipe: grpo}]")
+    assert continue_command(tmp_path/"run"/"first") == continue_command(tmp_path/"run") and continue_command(tmp_path/"run"/"other") is None
+    (tmp_path/"run"/"launch"/"job.json").write_text("{")
+    assert continue_command(tmp_path/"run") is None
 
 
 def executable(path, text):
@@ -387,16 +601,16 @@ signal.signal(signal.SIGTERM, lambda *_: (here/"agent").write_text("signalled"))
 sys.exit(subprocess.Popen([sys.executable, str(here/"rank.py")]).wait() or {code})
 """
 
-def a_node(tmp_path, code=0, **kwargs):
+def a_node(tmp_path, code=0, hosts=None, folder=None, **kwargs):
     "A job's files with a torchrun that only starts one process."
-    j = job(tmp_path, **kwargs)
+    j = job(tmp_path, *([f"run_dir={folder}"] if folder else []), **kwargs)
     check_job(j)
-    for path, text in launch_files(j).items():
+    for path, text in launch_files(j, hosts).items():
         path.parent.mkdir(parents=True, exist_ok=True); path.write_text(text)
     (tmp_path/"bin").mkdir()
     (tmp_path/"rank.py").write_text(RANK.format(here=str(tmp_path)))
     executable(tmp_path/"bin"/"torchrun", AGENT.format(python=sys.executable, here=str(tmp_path), code=code))
-    return j, os.environ | dict(PATH=f"{tmp_path}/bin{os.pathsep}{os.environ['PATH']}", HEAD="node1")
+    return j, os.environ | dict(PATH=f"{tmp_path}/bin{os.pathsep}{os.environ['PATH']}", HEAD="node1", VENV="")
 
 
 def until(path, seconds=15):
@@ -406,40 +620,187 @@ def until(path, seconds=15):
         time.sleep(0.05)
 
 
-@pytest.mark.skipif(not any((Path(d)/"pgrep").exists() for d in os.environ["PATH"].split(os.pathsep)), reason="no pgrep here")
-@pytest.mark.parametrize("code", [0, 3])
-def test_a_wish_to_stop_reaches_the_ranks_and_not_torchrun(code, tmp_path):
+pgrep = pytest.mark.skipif(not any((Path(d)/"pgrep").exists() for d in os.environ["PATH"].split(os.pathsep)), reason="no pgrep here")
+
+@pgrep
+@pytest.mark.parametrize("code, whom", [(0, "it"), (3, "it"), (0, "all")])
+def test_a_wish_to_stop_reaches_the_ranks_and_not_torchrun(code, whom, tmp_path):
+    "Once, also if it comes to the whole process group, and again."
     _, env = a_node(tmp_path, code, gpus=4, nodes=2)
-    node = subprocess.Popen(["bash", str(tmp_path/"run"/"launch"/"node.sh")], env=env, stdout=subprocess.PIPE, text=True)
+    node = subprocess.Popen(["bash", str(tmp_path/"run"/"launch"/"node.sh")], env=env, stdout=subprocess.PIPE, text=True, start_new_session=True)
     until(tmp_path/"up")
-    node.send_signal(signal.SIGTERM)
-    assert node.wait(15) == code and "stopping after this step" in node.stdout.read()
+    (os.kill if whom == "it" else os.killpg)(node.pid, signal.SIGTERM)
+    if whom == "all": time.sleep(0.1); os.killpg(node.pid, signal.SIGUSR1)
+    assert node.wait(15) == code and node.stdout.read().count("stopping after this step") == 1
     assert (tmp_path/"rank").read_text() == "saved" and not (tmp_path/"agent").exists() and not list((tmp_path/"run"/"launch").glob("pid.*"))
     words = (tmp_path/"words").read_text()
     assert words.startswith("--nnodes 2 --nproc_per_node 4 --rdzv_backend c10d --rdzv_endpoint node1:29500") and "--resume" not in words
 
 
-@pytest.mark.skipif(not any((Path(d)/"pgrep").exists() for d in os.environ["PATH"].split(os.pathsep)), reason="no pgrep here")
-def test_a_slurm_job_goes_back_into_the_queue_and_continues(tmp_path):
-    j, env = a_node(tmp_path, gpus=4, nodes=2)
-    executable(tmp_path/"bin"/"scontrol", f"#!/bin/bash\nif [ $1 = show ]; then printf 'node7\\nnode8\\n'; else echo \"$@\" >> {tmp_path}/scontrol; fi\n")
-    executable(tmp_path/"bin"/"srun", '#!/bin/bash\nwhile [ "${1#--}" != "$1" ]; do shift; done\nexec "$@"\n')
+def test_a_wish_to_stop_before_there_are_ranks_ends_torchrun(tmp_path):
+    "It waits for the other nodes, which may never come."
+    _, env = a_node(tmp_path, gpus=4, nodes=2)
+    executable(tmp_path/"bin"/"torchrun", f"#!{sys.executable}\nimport pathlib, time\npathlib.Path({str(tmp_path/'up')!r}).touch()\ntime.sleep(20)\n")
+    node = subprocess.Popen(["bash", str(tmp_path/"run"/"launch"/"node.sh")], env=env, stderr=subprocess.DEVNULL)
+    until(tmp_path/"up")
+    node.send_signal(signal.SIGTERM)
+    assert node.wait(15) == 128 + signal.SIGQUIT
+
+
+COUNTS = """import signal, sys, time, pathlib, os
+here, seen = pathlib.Path({here!r}), []
+signal.signal(signal.SIGTERM, lambda *_: seen.append(1))
+(here/f"up{{os.environ['RANK']}}").touch()
+while not seen: time.sleep(0.05)
+time.sleep(1.5)
+(here/f"seen{{os.environ['RANK']}}").write_text(str(len(seen)))
+"""
+
+@pgrep
+def test_the_real_torchrun_lets_the_ranks_end(tmp_path):
+    "Everything below node.sh gets the signal, torchrun too: it neither dies nor kills."
+    j = job(tmp_path, gpus=0, processes=2)
+    check_job(j)
+    for path, text in launch_files(j).items():
+        path.parent.mkdir(parents=True, exist_ok=True); path.write_text(COUNTS.format(here=str(tmp_path)) if path.name == "rank.py" else text)
+    bin = Path(sys.executable).parent
+    node = subprocess.Popen(["bash", str(tmp_path/"run"/"launch"/"node.sh")], env=os.environ | dict(PATH=f"{bin}{os.pathsep}{os.environ['PATH']}", OMP_NUM_THREADS="1"), stdout=subprocess.DEVNULL, start_new_session=True)
+    for r in "01": until(tmp_path/f"up{r}", 60)
+    agent, = subprocess.run(["pgrep", "-P", str(node.pid)], capture_output=True, text=True).stdout.split()
+    os.killpg(node.pid, signal.SIGTERM); os.kill(int(agent), signal.SIGTERM)
+    assert node.wait(60) == 0 and [(tmp_path/f"seen{r}").read_text() for r in "01"] == ["1", "1"]
+
+
+SRUN = """#!/bin/bash
+# As Slurm's: SIGUSR1 is passed on to the task, and a SIGTERM kills it.
+echo "$@" > {here}/srun
+while [ "${{1#--}}" != "$1" ]; do shift; done
+set -m
+"$@" &
+task=$!
+set +m
+trap 'kill -USR1 $task' USR1
+trap 'echo "srun: forcing job termination"; kill -KILL -- -$task' TERM
+while :; do wait $task; code=$?; kill -0 $task 2>/dev/null || break; done
+exit $code
+"""
+SCONTROL = """#!/bin/bash
+case $2 in hostnames) printf 'node7\\nnode8\\n';; job) echo "JobState=$(cat {here}/state)";; *) echo "$@" >> {here}/scontrol;; esac
+"""
+
+def a_batch(tmp_path, **kwargs):
+    "A Slurm job with stand-ins for Slurm: (job, start it)."
+    j, env = a_node(tmp_path, gpus=4, nodes=2, **kwargs)
+    executable(tmp_path/"bin"/"scontrol", SCONTROL.format(here=tmp_path))
+    executable(tmp_path/"bin"/"srun", SRUN.format(here=tmp_path))
+    (tmp_path/"state").write_text("RUNNING")
     (tmp_path/"job.sbatch").write_text(slurm_script(j))
-    def start():
-        for name in ("up", "rank"): (tmp_path/name).unlink(missing_ok=True)
+    def start(script=tmp_path/"job.sbatch"):
+        for name in ("up", "rank", "scontrol"): (tmp_path/name).unlink(missing_ok=True)
         env.pop("HEAD", None)
-        p = subprocess.Popen(["bash", str(tmp_path/"job.sbatch")], env=env | dict(SLURM_JOB_ID="42", SLURM_JOB_NODELIST="node[7-8]", VENV=""), stdout=subprocess.PIPE, text=True)
+        p = subprocess.Popen(["bash", str(script)], env=env | dict(SLURM_JOB_ID="42", SLURM_JOB_NODELIST="node[7-8]", SLURM_CPUS_PER_TASK="6"), stdout=subprocess.PIPE, text=True)
         until(tmp_path/"up")
         return p
+    return j, start
+
+
+@pgrep
+@pytest.mark.parametrize("name", ["run", NASTY])
+def test_a_slurm_job_goes_back_into_the_queue_and_continues(name, tmp_path):
+    j, start = a_batch(tmp_path, folder=tmp_path/name)
+    asked = lambda: (tmp_path/"scontrol").read_text() if (tmp_path/"scontrol").exists() else ""
     batch = start()
-    batch.send_signal(signal.SIGTERM)
+    batch.send_signal(signal.SIGUSR1)
     assert batch.wait(15) == 0 and (tmp_path/"rank").read_text() == "saved"
-    assert (tmp_path/"scontrol").read_text() == "requeue 42\n" and "--rdzv_endpoint node7:20042 --rdzv_id 42.0" in (tmp_path/"words").read_text()
-    (tmp_path/"run"/"config.yaml").touch()                                  # as a run leaves it
+    assert asked() == "requeue 42\n" and "--rdzv_endpoint node7:20042 --rdzv_id 42.0" in (tmp_path/"words").read_text() and "--cpus-per-task=6" in (tmp_path/"srun").read_text()
+    (j.folder/"config.yaml").touch()                                        # as a run leaves it
     batch = start()
-    (tmp_path/"run"/"summary.json").touch()                                 # done in the time that was left
+    (j.folder/"summary.json").touch()                                       # done in the time that was left
+    batch.send_signal(signal.SIGUSR1)
+    assert batch.wait(15) == 0 and (tmp_path/"words").read_text().endswith("--resume") and asked() == ""
+
+
+@pgrep
+@pytest.mark.parametrize("number, state, returns", [(signal.SIGTERM, "CANCELLED", False), (signal.SIGTERM, "RUNNING", True), (signal.SIGINT, "RUNNING", False)])
+def test_a_cancelled_job_does_not_return(number, state, returns, tmp_path):
+    "scancel and preemption both send a SIGTERM; either way the ranks may save."
+    _, start = a_batch(tmp_path)
+    batch = start()
+    batch.send_signal(signal.SIGUSR1)                                       # time was nearly up, too
+    time.sleep(0.2)
+    (tmp_path/"state").write_text(state)
+    batch.send_signal(number)
+    assert batch.wait(15) == 0 and (tmp_path/"rank").read_text() == "saved" and (tmp_path/"scontrol").exists() is returns
+
+
+@pgrep
+def test_a_job_killed_in_the_middle_of_saving_returns(tmp_path):
+    "A minute before the limit the script no longer waits for the checkpoint."
+    j, start = a_batch(tmp_path)
+    (tmp_path/"rank.py").write_text(RANK.format(here=str(tmp_path)).replace("time.sleep(0.3)", "time.sleep(4)"))
+    (tmp_path/"hasty.sbatch").write_text(re.sub(r"sleep \d+ & wait", "sleep 0.5 & wait", slurm_script(j)))
+    batch = start(tmp_path/"hasty.sbatch")
+    batch.send_signal(signal.SIGUSR1)
+    until(tmp_path/"scontrol")
+    assert (tmp_path/"scontrol").read_text() == "requeue 42\n" and not (tmp_path/"rank").exists()
+    (tmp_path/"state").write_text("COMPLETING")                             # Slurm then ends it, with a SIGTERM first
     batch.send_signal(signal.SIGTERM)
-    assert batch.wait(15) == 0 and (tmp_path/"words").read_text().endswith("--resume") and (tmp_path/"scontrol").read_text() == "requeue 42\n"
+    assert batch.wait(15) == 0 and (tmp_path/"scontrol").read_text() == "requeue 42\n"
+
+
+SSH = """#!/bin/bash
+# Another machine is this one under another name.
+while [ "$1" = -o ]; do shift 2; done
+mkdir -p {here}/$1
+printf '#!/bin/bash\\necho %s\\n' "$1" > {here}/$1/hostname; chmod +x {here}/$1/hostname
+echo "$2" >> {here}/$1/asked
+[ ! -e {here}/$1/broken ] || exit 7
+PATH="{here}/$1:$PATH" exec bash -c "$2"
+"""
+
+@pgrep
+@pytest.mark.parametrize("name", ["run", NASTY])
+def test_ssh_starts_stops_and_tells_how_it_ended(name, tmp_path):
+    j, env = a_node(tmp_path, hosts=["alpha", "ada@beta"], folder=tmp_path/name, gpus=4, nodes=2)
+    executable(tmp_path/"bin"/"ssh", SSH.format(here=tmp_path))
+    (tmp_path/"rank.py").write_text(RANK.format(here=str(tmp_path)).replace('(here/"up").touch()', 'import os; (here/os.environ["WHO"]).touch()'))
+    executable(tmp_path/"bin"/"torchrun", AGENT.format(python=sys.executable, here=str(tmp_path), code=0).replace("import pathlib", "import os; os.environ['WHO'] = os.popen('hostname').read().strip() + '.up'\nimport pathlib"))
+    def start():
+        p = subprocess.Popen(["bash", str(j.folder/"launch"/"start.sh")], env={k: v for k, v in env.items() if k != "HEAD"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        return p
+    run = start()
+    for h in ("alpha", "ada@beta"): until(tmp_path/f"{h}.up")
+    run.send_signal(signal.SIGINT)
+    assert run.wait(20) == 130 and (said := run.stdout.read()).count("stopping after this step") == 2 and "not done; the same command continues" in said, said
+    assert f"RUN_ID={shlex.quote(name)} " in (tmp_path/"alpha"/"asked").read_text() and "HEAD=alpha" in (tmp_path/"ada@beta"/"asked").read_text() and not list((j.folder/"launch").glob("pid.*"))
+    for h in ("alpha", "ada@beta"): (tmp_path/f"{h}.up").unlink()
+    (tmp_path/"ada@beta"/"broken").touch()
+    (tmp_path/"rank.py").write_text("")
+    run = start()
+    assert run.wait(20) == 7 and "ada@beta ended with 7" in run.stdout.read()
+    (tmp_path/"ada@beta"/"broken").unlink(); (j.folder/"summary.json").touch()
+    assert start().wait(20) == 0
+
+
+def test_a_sites_own_scripts_need_not_know_about_set_u(tmp_path):
+    "module load and activate, as sites write them; and a missing environment is said before anything starts."
+    _, env = a_node(tmp_path, gpus=4, nodes=2)
+    own, sbatch = tmp_path/"run"/"launch"/"environment.sh", tmp_path/"job.sbatch"
+    own.write_text('echo "$NOT_SET_ANYWHERE"\n' + own.read_text())
+    (tmp_path/"rank.py").write_text("")
+    assert subprocess.run(["bash", str(tmp_path/"run"/"launch"/"node.sh")], env=env).returncode == 0
+    no = subprocess.run(["bash", str(tmp_path/"run"/"launch"/"node.sh")], env=env | dict(VENV="/no/where"), capture_output=True, text=True)
+    assert no.returncode == 1 and "there is no /no/where/bin/python; set VENV in environment.sh" in no.stderr
+    j = job(tmp_path, gpus=2, nodes=2); check_job(j)
+    assert slurm_script(j).index("module load") < slurm_script(j).index("set -u") and slurm_script(j).index("for your site") < slurm_script(j).index("--cpus-per-task=16")
+
+
+def test_threads_are_of_the_cpus_that_may_be_used(tmp_path):
+    _, env = a_node(tmp_path, gpus=0, processes=2)
+    executable(tmp_path/"bin"/"nproc", "#!/bin/bash\necho 12\n")
+    env.pop("OMP_NUM_THREADS", None)
+    out = subprocess.run(["bash", "-c", f". {tmp_path}/run/launch/environment.sh; echo $OMP_NUM_THREADS"], env=env, capture_output=True, text=True).stdout
+    assert out == "6\n"
 
 
 def metrics(folder): return [{k: v for k, v in json.loads(line).items() if not k.startswith("seconds")} for line in (folder/"metrics.jsonl").read_text().splitlines()]
@@ -467,6 +828,26 @@ def test_one_process_started_is_one_process(tmp_path, monkeypatch):
     while not (tmp_path/"long"/"metrics.jsonl").read_text(): time.sleep(0.2)
     child.send_signal(signal.SIGTERM)
     assert child.wait(300) == 130 and list((tmp_path/"long"/"checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("line", ["launch grpo --gpus 8 --nodes 3 --dry-run run_dir={at}/run", "launch lvrpo --gpus 8 --nodes 3 --dry-run run_dir={at}/run", "recipes"])
+def test_an_output_that_nobody_reads_is_no_traceback(line, tmp_path):
+    read, write = os.pipe()
+    os.close(read)
+    p = subprocess.run([sys.executable, "-m", "unify_rl", *line.format(at=tmp_path).split()], stdout=write, stderr=subprocess.PIPE, text=True, env=os.environ | dict(PYTHONPATH=str(Path(doctor.__file__).parents[1])))
+    os.close(write)
+    assert p.returncode == 141 and "Traceback" not in p.stderr and "BrokenPipe" not in p.stderr
+
+
+def test_the_manuals_examples_work(tmp_path, monkeypatch, capsys):
+    "As they stand there, dry."
+    from unify_rl.cli import LAUNCH_MANUAL, main
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/"hosts").write_text("".join(f"node{i} slots=8\n" for i in range(2)))
+    examples = [re.split(r"  +", line.strip())[0] for line in LAUNCH_MANUAL.splitlines() if line.startswith("  unify_rl")]
+    assert len(examples) == 6
+    for line in examples:
+        assert main([*line.split()[1:], "--dry-run", *(["rollout.prompts=32"] if "pairuni" in line else [])]) == 0, (line, capsys.readouterr().err)
 
 
 # -- the doctor ------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -78,7 +79,13 @@ examples
   unify_rl launch grpo --gpus 0 --processes 2                                        two processes on the CPU
   unify_rl launch lvrpo --policy ByteDance-Seed/BAGEL-7B-MoT --gpus 8 --nodes 4 --zero 3 --slurm job.sbatch --dry-run
   unify_rl launch pairuni --policy deepseek-community/Janus-Pro-7B --gpus 8 --zero 2 --hostfile hosts
-  unify_rl launch corl --policy deepseek-community/Janus-Pro-1B --gpus 8 --fsdp                       no DeepSpeed: PyTorch's own sharding"""
+  unify_rl launch lvrpo --policy ByteDance-Seed/BAGEL-7B-MoT --gpus 8 --nodes 4 --fsdp --slurm job.sbatch      no DeepSpeed: PyTorch's own sharding
+  unify_rl launch corl --policy deepseek-community/Janus-Pro-1B --gpus 8 --nodes 4 --zero 2 --lora 16          every stage with adapters
+
+stopping and continuing
+  Ctrl-C or a SIGTERM lets the run finish its step, save, and end. A Slurm job is asked in time before its limit (--grace), saves,
+  and returns to the queue by itself; scancel --batch --signal=INT JOB ends it for good, saved. The command with --resume continues
+  a run, on as many processes as it says. Edit run_dir/launch/environment.sh for your site; launching again keeps what you change."""
 
 PAIRS_MANUAL = """what it does
   Reads two data sets, questions about pictures and sentences with pictures, and makes pairs of them (PairUni, Algorithm 1):
@@ -234,10 +241,11 @@ def parser() -> Parser:
     v.add_argument("--fsdp", action="store_true", help="FSDP instead of ZeRO: PyTorch alone shares out parameters, gradients and optimizer")
     v.add_argument("--lora", type=int, metavar="RANK", default=0, help="train LoRA adapters of this rank (model.lora_rank)")
     how = v.add_mutually_exclusive_group()
-    how.add_argument("--torchrun", action="store_true", help="start here with torchrun; the default on one node")
+    how.add_argument("--torchrun", action="store_true", help="start with torchrun, the default: here if it is one node; for several, say what to type on each")
     how.add_argument("--slurm", metavar="FILE", help="write a Slurm script there")
     how.add_argument("--hostfile", metavar="FILE", help="machines, one a line: node7 slots=8")
     v.add_argument("--hours", type=float, metavar="H", default=24.0, help="Slurm's time limit; default: %(default)s")
+    v.add_argument("--grace", type=int, metavar="S", default=0, help="seconds before that limit at which the run is asked to stop and save; default: by the size of the policy")
     v.add_argument("--resume", action="store_true", help="continue the run in run_dir")
     v.add_argument("--dry-run", action="store_true", help="show all files and commands; write and start nothing")
     v.add_argument("settings", nargs="*", metavar="key=value", help="single settings, as for train")
@@ -357,9 +365,11 @@ def serve(args) -> None:
 
 def launch(args) -> int:
     "`unify_rl launch`"
+    from unify_rl.run import resumed_config
     from unify_rl.train.engine import deepspeed_config
     from unify_rl.train.launch import Job, launch as start
-    job = Job(args.recipe, args.policy, args.gpus, args.nodes, args.processes, args.zero, args.fsdp, args.lora, args.config, args.settings, args.resume, args.hours)
+    job = Job(args.recipe, args.policy, args.gpus, args.nodes, args.processes, args.zero, args.fsdp, args.lora, args.config, args.settings, args.resume, args.hours, args.grace)
+    if args.resume: resumed_config(args.recipe, args.policy, args.config, job.overrides)          # what must not change is said before the queue
     told = lambda cfg: deepspeed_config(args.zero, cfg.model.precision, cfg.optimizer.grad_norm, cfg.engine.offload)
     return start(job, slurm=args.slurm, hostfile=args.hostfile, dry_run=args.dry_run, deepspeed_config=told)
 
@@ -473,12 +483,26 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if settled: args.settings += rest
     return args
 
+def _unread() -> bool:
+    "Does nobody read our output any more (`unify_rl … | head`)? Then there is none, not even at the end."
+    try: print(flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
 def main(
     argv: Sequence[str] | None = None,      # None: those of the process
-) -> int:                                   # exit code: 0 done, 2 a mistake in the input, 130 interrupted
+) -> int:                                   # exit code: 0 done, 2 a mistake in the input, 130 interrupted, 141 nobody reads the output
     "The command `unify_rl`."
     args = parse(argv)
-    try: return args.run(args) or 0
+    try:
+        code = args.run(args) or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        if not _unread(): raise
+        return 141                          # as a shell has it
     except UserError as e:
         if args.debug: raise
         print(f"unify_rl: {e}", file=sys.stderr)

@@ -5,8 +5,10 @@
 # %% ../../nbs/60_train.launch.ipynb #imports
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
+import math
 import os
 import re
 import shlex
@@ -15,20 +17,25 @@ import signal
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, field, replace
+from functools import reduce
 from pathlib import Path
-from typing import Callable, Iterable, get_type_hints
+from typing import Callable, Iterable
+
+import torch
 
 from ..core import UserError, nearest
 from ..data.stream import check_source
-from ..policies.load import policies
-from .config import Config, load_config
+from ..policies.load import family_of, policies
+from .config import Config, StageConfig, apply_overrides, check, from_dict, leaves, load_config, merge, read_layer
 from .engine import fsdp_config
-from .plan import full_size, good_number
+from .plan import HOLLOW, full_size, good_number, ready, sizes
 from .runlog import write_aside
 
 # %% auto #0
-__all__ = ['RANK', 'Job', 'check_job', 'read_hosts', 'environment', 'train_words', 'node_script', 'slurm_script', 'node_commands',
-           'ssh_script', 'launch_files', 'how_to_start', 'summary', 'launch']
+__all__ = ['ATTACHED', 'OF_THE_RUN', 'RANK', 'AWAIT', 'SAVING', 'FILES', 'Job', 'stage_override', 'resolved', 'check_job',
+           'trained', 'read_hosts', 'environment', 'train_words', 'node_script', 'trained_numbers', 'grace',
+           'slurm_script', 'node_commands', 'ssh_script', 'launch_files', 'about', 'how_to_start', 'summary', 'remarks',
+           'edited', 'continue_command', 'launch']
 
 # %% ../../nbs/60_train.launch.ipynb #job
 @dataclass
@@ -46,6 +53,7 @@ class Job:
     settings: list = field(default_factory=list)        # key=value
     resume: bool = False
     hours: float = 24.0                 # Slurm's time limit
+    grace: int = 0                      # seconds before it at which a Slurm job is asked to stop; 0: worked out
     cfg: Config | None = None           # resolved, once the job is checked
 
     @property
@@ -58,11 +66,28 @@ class Job:
         own = [f"model.lora_rank={self.lora}"] if self.lora else []
         spread = [f"engine.zero={self.zero}"] if self.zero or self.fsdp or self.world > 1 else []
         if self.fsdp or (spread and self.resume): spread.append(f"engine.fsdp={str(self.fsdp).lower()}")        # a resumed run may have been spread in another way
-        return [*own, *spread, *self.settings]
+        stages = [s for s in resolved(self, self.settings).stages if s.recipe] if own else []
+        if not stages: return [*own, *spread, *self.settings]
+        return [*spread, *self.settings, *(stage_override(s, own[0]) for s in stages if own[0] not in s.settings)]
     @property
     def folder(self) -> Path: return Path(self.cfg.run_dir).absolute()
 
+def stage_override(stage: StageConfig, setting: str) -> str:
+    "The setting of a run that gives one of its stages `setting`, beside those the stage has."
+    key = lambda text: text.partition("=")[0].strip()
+    return f"stages.{stage.name}.settings={json.dumps([*(s for s in stage.settings if key(s) != key(setting)), setting], ensure_ascii=False)}"
+
+def resolved(job: Job, overrides: list[str]) -> Config:
+    "The configuration that the trainer will have: what is asked for, or, to continue, the run's own and what is changed of it."
+    cfg = load_config(job.recipe, job.policy, job.config_file, overrides)
+    if not job.resume or not (saved := Path(cfg.run_dir)/"config.yaml").exists(): return cfg
+    tree = merge(Config, read_layer(saved)[0], read_layer(Path(job.config_file))[0] if job.config_file else {})
+    return replace(apply_overrides(from_dict(Config, tree | dict(recipe=job.recipe)), [*([f"policy={job.policy}"] if job.policy else []), *overrides]), run_dir=cfg.run_dir)
+
 # %% ../../nbs/60_train.launch.ipynb #check
+ATTACHED = ("tim",)         # rewards that look through the policy that is trained
+OF_THE_RUN = ("recipe", "policy", "task", "seed", "run_dir", "threads", "on_error", "log.", "checkpoint.", "evaluate.", "engine.", "stages")     # what a run of stages has itself
+
 def check_job(job: Job, here: bool = False, strict: bool = True) -> list[str]:
     "Refuse a job that could not run, before anything is started; returns what could not be checked. `here`: it starts on this machine."
     need = lambda ok, message: None if ok else _refuse(message)
@@ -74,12 +99,13 @@ def check_job(job: Job, here: bool = False, strict: bool = True) -> list[str]:
     need(not (job.gpus and job.processes), f"--processes {job.processes} is for machines without GPUs: give --gpus 0, or leave it out (there is one process for each GPU)")
     need(job.lora >= 0, f"--lora is {job.lora}; it must be a rank of at least 1")
     need(job.hours > 0, f"--hours is {job.hours}; it must be above 0")
+    need(not job.grace or 120 <= job.grace <= 65535, f"--grace is {job.grace}; it must be from 120 to 65535 seconds")
     for text in job.settings:
         key = text.partition("=")[0].strip()
         need(key not in ("engine.zero", "engine.fsdp"), f"{text}: give --{key.partition('.')[2]} instead, so that there is one answer to how the run is spread")
-    job.cfg = load_config(job.recipe, job.policy, job.config_file, _readable(job.overrides))
+    job.cfg = resolved(job, job.overrides)
     notes = _check_policy(job.cfg.policy)
-    for cfg in _trained(job.cfg): notes += _check_step(cfg, job.world, strict)
+    for stage, cfg in trained(job.cfg, job.settings): notes += _check_spread(job, stage, cfg) + _check_step(job, stage, cfg, strict)
     need(job.resume or not (job.folder/"config.yaml").exists(), f"{job.cfg.run_dir} already holds a run: continue it with --resume, or choose another run_dir (run_dir=...)")
     need(not job.resume or (job.folder/"config.yaml").exists(), f"--resume: there is no run in {job.cfg.run_dir}")
     if here: _check_machine(job)
@@ -87,13 +113,18 @@ def check_job(job: Job, here: bool = False, strict: bool = True) -> list[str]:
 
 def _refuse(message: str): raise UserError(message)
 
-def _readable(overrides: Iterable[str]) -> list[str]:
-    "Without settings of `engine`, if this version's configuration has none; then they are passed on unread."
-    return [o for o in overrides if "engine" in get_type_hints(Config) or not o.strip().startswith("engine.")]
-
-def _trained(cfg: Config) -> list[Config]:
-    "What is trained: the run itself, or its stages."
-    return [load_config(s.recipe, cfg.policy, overrides=s.settings) for s in cfg.stages if s.recipe] or [cfg]
+def trained(
+    cfg: Config,
+    settings: Iterable[str] = (),                   # as they were typed, for messages
+) -> list[tuple[StageConfig | None, Config]]:       # each stage that trains; None: the run itself
+    "What is trained, with what is the run's own."
+    if not cfg.stages: return [(None, cfg)]
+    value, stages = lambda c, path: reduce(getattr, path.split("."), c), [s for s in cfg.stages if s.recipe]
+    for path in [p for p, _, _ in leaves(Config) if not p.startswith(OF_THE_RUN) and value(cfg, p) != value(Config(), p)]:
+        said = next((t for t in settings if t.partition("=")[0].strip() == path), f"{path}=...")
+        raise UserError(f"{cfg.recipe} consists of stages and has no {path} of its own; set it for a stage: {', or '.join(shlex.quote(stage_override(s, said)) for s in stages)}")
+    own = {k: getattr(cfg, k) for k in ("seed", "threads", "on_error", "log", "checkpoint", "evaluate", "engine")}
+    return [(s, check(replace(load_config(s.recipe, cfg.policy, overrides=s.settings), **own))) for s in stages]
 
 def _check_policy(name: str) -> list[str]:
     "Refuse a policy that is nowhere; nothing is downloaded."
@@ -102,19 +133,43 @@ def _check_policy(name: str) -> list[str]:
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name): return [f"{name} is taken from the Hugging Face cache; each node needs it there, or a network (see unify_rl doctor)"]
     raise UserError(f"unknown policy {name!r}: no shipped policy, no folder, no hub name (owner/name). {nearest(name, [*policies(), *full_size()])}")
 
-def _check_step(cfg: Config, world: int, strict: bool) -> list[str]:
-    "A step's prompts can be divided, and its data are there."
-    pairs = len([s for s in cfg.data.tasks.values() if s > 0]) if cfg.data.order == "pairs" else 1
-    if cfg.rollout.prompts % (world * pairs): raise UserError(f"{cfg.recipe}: rollout.prompts is {cfg.rollout.prompts}, for {world} processes {good_number(cfg, world)}")
+def _who(stage: StageConfig | None, cfg: Config) -> str: return f"stage {stage.name} ({cfg.recipe})" if stage else cfg.recipe
+
+def _check_spread(job: Job, stage: StageConfig | None, cfg: Config) -> list[str]:
+    "Refuse a policy and rewards that cannot be spread so; with the trainer's words, but before the queue."
+    here, who = [r for r in cfg.rewards if "url" not in r.settings], _who(stage, cfg)
+    if (job.zero == 3 or job.fsdp) and (eyes := [r.name for r in here if r.name in ATTACHED]):
+        raise UserError(f"{who}: a reward looks through the policy's own eyes ({eyes[0]}), and with engine.zero=3 or engine.fsdp no process has it whole while it scores; use --zero 2")
+    if job.zero == 3 and (spec := _sizes(cfg.policy)) and family_of(spec["config"]["model_type"], cfg.policy).load.__self__.takes_weights:
+        raise UserError(f"{cfg.policy} uses weights outside of their modules, which engine.zero=3 cannot gather in time; use --zero 2 or --fsdp")
+    if job.world > 1 and (learns := [r.name for r in here if r.settings.get("learn")]):
+        raise UserError(f"{who}: reward {learns[0]!r} learns, and would learn something else in each process; use one, or keep it frozen")
+    return []
+
+def _sizes(name: str) -> dict | None:
+    "A policy's configuration files; None: they are not on this machine."
+    try: return sizes(name)
+    except UserError: return None
+
+def _check_step(job: Job, stage: StageConfig | None, cfg: Config, strict: bool) -> list[str]:
+    "A step's prompts can be dealt out, and its data are there."
+    n, world, who, notes = cfg.rollout.prompts, job.world, _who(stage, cfg), []
+    better = lambda unit: f"rollout.prompts={max(round(n / unit), 1) * unit}"
+    as_typed = lambda setting: shlex.quote(stage_override(stage, setting)) if stage else setting
+    tasks = len([s for s in cfg.data.tasks.values() if s > 0])
+    if cfg.data.order == "pairs" and n % (tasks * world):
+        raise UserError(f"{who}: rollout.prompts is {n}, for {world} processes with whole pairs {good_number(cfg, world)}" + (f", as {as_typed(better(tasks * world))}" if stage else ""))
+    if n % world:
+        what = f"{world - n} of {world} processes only keep the others company" if n < world else f"some of {world} processes have {n // world} and wait for those with more"
+        notes.append(f"{who}: with {n} prompts a step {what}; to use all: {as_typed(better(world))}")
     try: check_source(cfg.data.source, cfg.data.split, cfg.data.path)
     except UserError as e:
         if strict: raise
-        return [f"{cfg.recipe}: {e}"]
-    return []
+        notes.append(f"{who}: {e}")
+    return notes
 
 def _check_machine(job: Job) -> None:
     "This machine has what the job needs."
-    import torch
     has = torch.cuda.device_count()
     if job.gpus > has:
         cure = f"use --gpus {has}" if has else "use --gpus 0 --processes N for processes on the CPU"
@@ -142,7 +197,10 @@ def read_hosts(path: str | Path, slots: int) -> list[str]:
 # %% ../../nbs/60_train.launch.ipynb #node
 RANK = '''"""One process of a run; torchrun starts one for each GPU."""
 import os
+import signal
 import sys
+
+signal.signal(signal.SIGTERM, signal.SIG_DFL)       # torchrun ignores it; a rank does not
 
 from unify_rl.cli import main
 
@@ -151,12 +209,23 @@ code = main()
 sys.exit(0 if code == 130 else code)        # 130: stopped in good order; the others are not to be killed for it
 '''
 
+AWAIT = """# A signal interrupts a wait, not what is waited for.
+await() {
+  local code last
+  while :; do wait "$1"; code=$?; kill -0 "$1" 2>/dev/null || break; done
+  if [ $code -gt 128 ]; then wait "$1" 2>/dev/null; last=$?; [ $last -ne 127 ] && code=$last; fi
+  return $code
+}"""
+
 def environment(job: Job) -> str:
     "`environment.sh`: what every process finds in its environment."
-    threads = f'export OMP_NUM_THREADS="${{OMP_NUM_THREADS:-$(n=$(( $(getconf _NPROCESSORS_ONLN) / {job.local} )); echo $(( n > 0 ? n : 1 )))}}"'
-    lines = ["# What every process of this run finds in its environment. Edit it for your site; node.sh reads it.",
-             "# VENV=/path/to/venv                   # a virtual environment with unify_rl, the same on every node",
-             "# module load cuda                     # or your site's modules", 'if [ -n "${VENV:-}" ]; then . "$VENV/bin/activate"; fi', threads, "export PYTHONUNBUFFERED=1",
+    own = sys.prefix if sys.prefix != sys.base_prefix or (Path(sys.prefix)/"conda-meta").is_dir() else ""
+    threads = f'export OMP_NUM_THREADS="${{OMP_NUM_THREADS:-$(n=$(( $(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) / {job.local} )); echo $(( n > 0 ? n : 1 )))}}"         # of the CPUs that may be used'
+    lines = ["# What every process of this run finds in its environment. Edit it for your site: node.sh reads it on each node, and unify_rl launch keeps what you change.",
+             f'[ -n "${{VENV+given}}" ] || VENV={shlex.quote(own)}         # the environment with unify_rl, at the same place on every node; empty: whatever is there',
+             "# module load cuda                     # or your site's modules",
+             'if [ -n "$VENV" ]; then', '  if [ ! -x "$VENV/bin/python" ]; then echo "$(hostname): there is no $VENV/bin/python; set VENV in environment.sh" >&2; exit 1; fi',
+             '  export VIRTUAL_ENV="$VENV" PATH="$VENV/bin:$PATH"', "fi", threads, "export PYTHONUNBUFFERED=1",
              "export TORCH_NCCL_ASYNC_ERROR_HANDLING=1             # a lost node is an error, not a wait for ever" if job.gpus else 'export CUDA_VISIBLE_DEVICES="" ACCELERATE_USE_CPU=true     # processes on the CPU, which talk through gloo']
     nccl = ["# export NCCL_DEBUG=WARN                              # INFO shows which network is used", "# export NCCL_SOCKET_IFNAME=ib0                       # the interface that connects the nodes",
             "# export NCCL_IB_HCA=mlx5                             # the InfiniBand cards", "# export HF_HUB_OFFLINE=1                             # compute nodes without a network: take models from the cache",
@@ -175,69 +244,116 @@ def node_script(job: Job) -> str:
     head = "" if job.nodes == 1 else ': "${HEAD:?set HEAD to the first node}"\n'
     return f"""#!/bin/bash
 # Runs once on each of {job.nodes} node{'s' * (job.nodes > 1)}: {job.local} process{'es' * (job.local > 1)} here, {job.world} in all. Written by unify_rl launch.
-set -u
 here="$(cd "$(dirname "${{BASH_SOURCE[0]}}")" && pwd)"
 . "$here/environment.sh"
-{head}cd {shlex.quote(os.getcwd())}
+set -u
+{head}cd {shlex.quote(os.getcwd())} || exit 1
 
 resume=""
 if [ -e "$here/../config.yaml" ]; then resume="--resume"; fi        # there is something to continue
 
-torchrun --nnodes {job.nodes} --nproc_per_node {job.local} {rendezvous} --max_restarts 0 \\
-  "$here/rank.py" {shlex.join(train_words(job))} $resume &
+# A wish to stop is for the ranks. torchrun would kill them after 30 seconds: it is in a process group of its own, and ignores the signals.
+export PET_SIGNALS_TO_HANDLE=SIGQUIT
+set -m
+( trap '' TERM INT HUP USR1
+  exec torchrun --nnodes {job.nodes} --nproc_per_node {job.local} {rendezvous} --max_restarts 0 \\
+  "$here/rank.py" {shlex.join(train_words(job))} $resume ) &
 agent=$!
-echo $agent > "$here/pid.$(hostname)"
-# A wish to stop goes to the ranks, past torchrun, which would kill them after 30 seconds: they finish the step and save.
-stop() {{ echo "stopping after this step"; kill -TERM $(pgrep -P $agent) 2>/dev/null; }}
-trap stop TERM INT USR1
-while :; do wait $agent; code=$?; kill -0 $agent 2>/dev/null || break; done           # a signal interrupts the wait, not the run
-if [ $code -gt 128 ]; then wait $agent; last=$?; [ $last -ne 127 ] && code=$last; fi
+set +m
+echo $$ > "$here/pid.$(hostname)"
+{AWAIT}
+asked=-5
+stop() {{
+  if [ $(( SECONDS - asked )) -lt 5 ]; then return; fi               # the same wish, come in another way
+  asked=$SECONDS
+  echo "stopping after this step"
+  kill -TERM $(pgrep -P $agent 2>/dev/null || cat /proc/$agent/task/*/children 2>/dev/null) 2>/dev/null || kill -QUIT $agent       # no rank yet: nothing is lost
+}}
+trap stop TERM INT HUP USR1
+await $agent
+code=$?
 rm -f "$here/pid.$(hostname)"
 exit $code
 """
 
 # %% ../../nbs/60_train.launch.ipynb #slurm
+SAVING = 0.3e9              # bytes a second with which a checkpoint is gathered and written
+
+def trained_numbers(cfg: Config) -> int:
+    "How many numbers of a policy are trained, counted on the meta device; 0: its sizes are not known here."
+    if not (spec := _sizes(cfg.policy)): return 0
+    family = HOLLOW[spec["config"]["model_type"]]
+    with torch.device("meta"):
+        policy = family.build(spec, family.depth(spec))
+        ready(policy, cfg)
+    return sum(w.numel() for w in policy.parameters() if w.requires_grad)
+
+def grace(job: Job) -> int:
+    "Seconds before the time limit at which a job is asked to stop: five minutes for a step, and what writing the weights and their two moments takes."
+    return job.grace or min(math.ceil((300 + 12 * max(trained_numbers(c) for _, c in trained(job.cfg)) / SAVING) / 60) * 60, 65520)
+
+def _sbatch(text: str) -> str:
+    "A value in an #SBATCH line."
+    return '"' + re.sub(r'(["\\])', r'\\\1', text) + '"'
+
 def slurm_script(job: Job) -> str:
     "A Slurm job that stops in time, and continues by itself."
-    minutes = max(1, round(job.hours * 60))
+    minutes, before = max(1, round(job.hours * 60)), grace(job)
+    if before >= 60 * minutes: raise UserError(f"--hours {job.hours:g} is {60 * minutes} s, and {before} s of it are for stopping and saving: give more --hours, or a smaller --grace")
     per_node = f"#SBATCH --gpus-per-node={job.gpus}" if job.gpus else "# no GPUs: processes on the CPU"
     return f"""#!/bin/bash
-#SBATCH --job-name={job.folder.name}
+#SBATCH --job-name={_sbatch(job.folder.name)}
 #SBATCH --nodes={job.nodes}
 #SBATCH --ntasks-per-node=1                  # one torchrun on each node; it starts {job.local} process{'es' * (job.local > 1)}
 {per_node}
-#SBATCH --cpus-per-task={max(1, 8 * job.local) if job.gpus else job.local}
-#SBATCH --exclusive
 #SBATCH --time={minutes // 60:02d}:{minutes % 60:02d}:00
-#SBATCH --signal=B:TERM@300                  # five minutes before the end: longer than a step and a checkpoint must take
+#SBATCH --signal=B:USR1@{before:<20} # so many seconds before the end: longer than a step and a checkpoint must take (--grace)
 #SBATCH --requeue
 #SBATCH --open-mode=append                   # one file for all parts of the run
-#SBATCH --output={job.folder}/launch/slurm-%j.out
-# Your site's, if it wants them:
+#SBATCH --output={_sbatch(f"{str(job.folder).replace('%', '%%')}/launch/slurm-%j.out")}
+# ---- for your site ---------------------------------------------------------------------------------------------------
+#SBATCH --cpus-per-task={max(1, 8 * job.local) if job.gpus else job.local:<20} # of each node; no more than it has
+#SBATCH --exclusive
 ##SBATCH --partition=
 ##SBATCH --account=
 ##SBATCH --qos=
-
-# ---- for your site ---------------------------------------------------------------------------------------------------
-export VENV="${{VENV-{sys.prefix if sys.prefix != sys.base_prefix else ''}}}"          # a virtual environment that all nodes see; empty: none
-MODULES=""                                   # e.g. "cuda/12.4 gcc/12"
+MODULES=""                                   # e.g. "cuda/12.4 gcc/12"; the Python environment stands in launch/environment.sh
 # ----------------------------------------------------------------------------------------------------------------------
+for m in $MODULES; do module load "$m"; done
 set -u
 RUN={shlex.quote(str(job.folder))}
-for m in $MODULES; do module load "$m"; done
 
 export HEAD="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
 export PORT=$(( 20000 + SLURM_JOB_ID % 20000 ))
 export RUN_ID="$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}"
 echo "$(date) job $SLURM_JOB_ID, start ${{SLURM_RESTART_COUNT:-0}}, nodes $SLURM_JOB_NODELIST, rendezvous $HEAD:$PORT"
 
-srun --kill-on-bad-exit=1 bash "$RUN/launch/node.sh" &
+srun --kill-on-bad-exit=1 ${{SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"}} bash "$RUN/launch/node.sh" &
 step=$!
-stopping=0
-trap 'stopping=1; echo "$(date) time is nearly up: asking the ranks to stop"; kill -TERM $step' TERM      # srun passes it to node.sh, node.sh to the ranks
-while :; do wait $step; code=$?; kill -0 $step 2>/dev/null || break; done            # a signal interrupts the wait, not the run
+returns="" clock=""
+{AWAIT}
+# srun passes USR1 on to node.sh, and node.sh a SIGTERM to the ranks; a SIGTERM of its own srun takes for: kill all tasks at once.
+ask() {{ echo "$(date) $1: asking the ranks to stop"; kill -USR1 $step; }}
+unclock() {{ if [ -n "$clock" ]; then kill "$clock" 2>/dev/null; fi; clock=""; }}
+late() {{        # saving takes too long: requeue, which ends the job at once, while there is still a minute
+  trap 'kill $!; exit' TERM
+  sleep {before - 60} & wait $!
+  if [ ! -e "$RUN/summary.json" ]; then echo "$(date) no time is left: back into the queue, to continue after the last checkpoint"; scontrol requeue "$SLURM_JOB_ID"; fi
+}}
+again() {{ if [ -z "$returns" ]; then returns=yes; fi; }}
+never() {{ returns=never; unclock; }}
+nearly() {{ again; if [ "$returns" = yes ]; then late & clock=$!; fi; ask "time is nearly up"; }}
+ended() {{       # cancelled, and then it does not return; or preempted, and then the job still counts as running
+  case "$(scontrol show job "$SLURM_JOB_ID")" in *JobState=RUNNING*) again; ask "preempted";; *) never; ask "cancelled";; esac
+}}
+trap nearly USR1
+trap ended TERM
+trap 'never; ask "interrupted"' INT
+await $step
+code=$?
+unclock
 
-if [ ! -e "$RUN/summary.json" ] && [ $stopping = 1 ]; then
+if [ "$returns" = yes ] && [ ! -e "$RUN/summary.json" ]; then
   echo "$(date) not done yet: back into the queue, to continue"
   scontrol requeue "$SLURM_JOB_ID"
 fi
@@ -247,52 +363,134 @@ exit $code
 # %% ../../nbs/60_train.launch.ipynb #ssh
 def node_commands(job: Job, hosts: list[str]) -> list[str]:
     "One command line for each node."
-    if job.nodes == 1: return [f"bash {shlex.quote(str(job.folder/'launch'/'node.sh'))}"]
-    head = hosts[0].rpartition("@")[2]
-    return [f"HEAD={head} PORT=29500 RUN_ID={job.folder.name} bash {shlex.quote(str(job.folder/'launch'/'node.sh'))}" for _ in hosts]
+    script = shlex.quote(str(job.folder/"launch"/"node.sh"))
+    if job.nodes == 1: return [f"bash {script}"]
+    head = hosts[0].rpartition("@")[2] if hosts else "..."
+    return [f"HEAD={head} PORT=29500 RUN_ID={shlex.quote(job.folder.name)} bash {script}" for _ in hosts or [head]]
 
 def ssh_script(job: Job, hosts: list[str]) -> str:
     "`start.sh`: all nodes from one terminal."
     lines = [f"run {h} {shlex.quote(c)}" for h, c in zip(hosts, node_commands(job, hosts))]
-    here = shlex.quote(str(job.folder/"launch"))
+    stop = f"kill -TERM \"$(cat {shlex.quote(str(job.folder/'launch'/'pid.'))}\"$(hostname)\")\""
     return f"""#!/bin/bash
-# Starts the run on {len(hosts)} machines by ssh, and waits for it. They must share this folder. Ctrl-C asks all of them to stop after the step.
-set -u
+# Starts the run on {len(hosts)} machine{'s' * (len(hosts) > 1)} by ssh, and waits for it. They must share this folder. Ctrl-C asks all of them to stop after the step.
+# ssh passes no variables on: what the processes need stands in environment.sh, and a reward server's token in a file (rewards.NAME.settings.token_file=FILE).
+set -uo pipefail
 hosts="{' '.join(hosts)}"
-run() {{ ssh -o BatchMode=yes "$1" "$2" 2>&1 < /dev/null | sed -u "s/^/[$1] /" & }}
-stop() {{ echo "asking $hosts to stop"; for h in $hosts; do ssh -o BatchMode=yes "$h" 'for p in $(cat '{here}'/pid.$(hostname)); do kill -TERM $(pgrep -P $p); done'; done; }}
+nodes=()
+run() {{ ( ssh -o BatchMode=yes "$1" "$2" 2>&1 < /dev/null | sed -u "s/^/[$1] /" ) & nodes+=("$!:$1"); }}
+stop() {{ echo "asking $hosts to stop"; for h in $hosts; do ssh -o BatchMode=yes "$h" {shlex.quote(stop)} < /dev/null & done; }}
+{AWAIT}
 trap stop INT TERM
 {chr(10).join(lines)}
-while [ -n "$(jobs -r)" ]; do wait; done
-[ -e {shlex.quote(str(job.folder/'summary.json'))} ] && echo "done" || echo "not done; the same command continues"
+code=0
+for n in "${{nodes[@]}}"; do
+  await "${{n%%:*}}"; ended=$?
+  if [ $ended -ne 0 ]; then echo "${{n#*:}} ended with $ended"; code=$ended; fi
+done
+if [ -e {shlex.quote(str(job.folder/'summary.json'))} ]; then echo "done"; else echo "not done; the same command continues"; [ $code -ne 0 ] || code=130; fi
+exit $code
 """
 
 # %% ../../nbs/60_train.launch.ipynb #files
-def launch_files(job: Job, hosts: list[str] | None = None, slurm: str | Path | None = None, deepspeed_config: Callable | None = None) -> dict[Path, str]:
+def launch_files(
+    job: Job,
+    hosts: list[str] | None = None,
+    slurm: str | Path | None = None,
+    deepspeed_config: Callable | None = None,
+    hostfile: str | Path | None = None,     # where the hosts are from, to be noted
+) -> dict[Path, str]:
     "Path -> text of every file of a checked job."
-    at = job.folder/"launch"
+    at, as_json = job.folder/"launch", lambda x: json.dumps(x, indent=1) + "\n"
     asked = {k: v for k, v in asdict(replace(job, cfg=None)).items() if k != "cfg"} | dict(world=job.world, hosts=hosts or [], command=["unify_rl", *train_words(job)])
-    files = {at/"job.json": json.dumps(asked, indent=1) + "\n", at/"environment.sh": environment(job), at/"node.sh": node_script(job), at/"rank.py": RANK}
-    if job.zero and deepspeed_config: files[at/"deepspeed.json"] = json.dumps(deepspeed_config(job.cfg), indent=1) + "\n"
-    if job.fsdp: files[at/"fsdp.json"] = json.dumps(fsdp_config(job.cfg.model.precision), indent=1) + "\n"
+    asked |= dict(start="slurm" if slurm else "hostfile" if hosts else "torchrun", slurm=_path(slurm), hostfile=_path(hostfile), written=dict(environment=_fingerprint(environment(job))))
+    script = slurm_script(job) if slurm else ""
+    if slurm: asked["written"]["script"] = _fingerprint(script)
+    files = {at/"job.json": as_json(asked), at/"environment.sh": environment(job), at/"node.sh": node_script(job), at/"rank.py": RANK}
+    for stage, cfg in trained(job.cfg):
+        name = f"-{stage.name}.json" if stage else ".json"
+        if job.zero and deepspeed_config: files[at/f"deepspeed{name}"] = as_json(_on_nodes(deepspeed_config(cfg), job.gpus > 0))
+        if job.fsdp: files[at/f"fsdp{name}"] = as_json(fsdp_config(cfg.model.precision))
     if hosts: files[at/"start.sh"] = ssh_script(job, hosts)
-    if slurm: files[Path(slurm).absolute()] = slurm_script(job)
+    files[at/"README.md"] = about([path.name for path in files], bool(slurm))
+    if slurm: files[Path(slurm).absolute()] = script
     return files
+
+def _on_nodes(config: dict, gpus: bool) -> dict:
+    "DeepSpeed's configuration as the nodes will make it, which may have GPUs where this machine has none."
+    known = dict(overlap_comm=gpus, pin_memory=gpus)
+    return {k: _on_nodes(v, gpus) if isinstance(v, dict) else known.get(k, v) for k, v in config.items()}
+
+def _fingerprint(text: str) -> str: return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+FILES = {"environment.sh": "what every process finds in its environment: yours to edit, and kept when the run is launched again",
+         "node.sh": "runs once on each node; written anew by each launch. While it runs, `pid.HOST` has its number, and a SIGTERM to it asks the run to save and stop",
+         "rank.py": "one process; written anew by each launch", "start.sh": "starts all nodes by ssh; written anew by each launch", "job.json": "what was asked for",
+         "deepspeed": "what the engine makes itself from the run's settings, so editing it changes nothing: set engine.offload, model.precision, optimizer.grad_norm",
+         "fsdp": "what the engine makes itself from the run's settings, so editing it changes nothing: set model.precision"}
+
+def about(names: list[str], slurm: bool) -> str:
+    "`README.md` of the folder."
+    there = [f"- `{n}`: {what}" for n in names for k, what in FILES.items() if n.startswith(k)]
+    stop = ["", "To stop a Slurm job for good, with a checkpoint: `scancel --batch --signal=INT JOB`. A plain `scancel` leaves it Slurm's KillWait, mostly 30 seconds."] if slurm else []
+    return "\n".join(["# How this run was started", "", "Written by `unify_rl launch`.", "", *there, *stop]) + "\n"
+
+def _path(file: str | Path | None) -> str | None: return None if file is None else str(Path(file).absolute())
 
 def how_to_start(job: Job, hosts: list[str] | None, slurm: str | Path | None) -> str:
     "What the user types next."
     if slurm: return f"sbatch {shlex.quote(str(slurm))}"
     if hosts: return "\n".join([f"bash {shlex.quote(str(job.folder/'launch'/'start.sh'))}", "", "or by hand, one on each machine:", *(f"  {h}: {c}" for h, c in zip(hosts, node_commands(job, hosts)))])
-    if job.nodes == 1: return node_commands(job, [])[0]
-    return "on every node, with HEAD as the name of the first:\n  " + f"HEAD=... PORT=29500 RUN_ID={job.folder.name} bash {shlex.quote(str(job.folder/'launch'/'node.sh'))}"
+    return ("" if job.nodes == 1 else "on every node, with HEAD as the name of the first:\n  ") + node_commands(job, [])[0]
 
 def summary(job: Job) -> str:
     "The job in a few lines."
     where = f"{job.nodes} node{'s' * (job.nodes > 1)} x {job.gpus} GPUs" if job.gpus else f"{job.nodes} node{'s' * (job.nodes > 1)} x {job.local} processes on the CPU (gloo)"
-    c = _trained(job.cfg)[0]
     spread = "FSDP" if job.fsdp else f"ZeRO-{job.zero}" if job.zero else "DDP" if job.world > 1 else "one process"
-    return (f"{job.recipe} on {job.cfg.policy}: {where} = {job.world} process{'es' * (job.world > 1)}, {spread}{f', LoRA of rank {c.model.lora_rank}' if c.model.lora_rank else ''}\n"
-            f"a step: {c.rollout.prompts} prompts ({c.rollout.prompts // job.world} a process) x {c.rollout.group_size} outputs, rows of {c.optimizer.micro_batch} at a time\nrun folder: {job.cfg.run_dir}")
+    lora = lambda c: f", LoRA of rank {c.model.lora_rank}" if c.model.lora_rank else ""
+    share = lambda n: f"{n // job.world}" if n % job.world == 0 else f"about {n / job.world:.1f}"
+    step = lambda c: f"{c.rollout.prompts} prompts ({share(c.rollout.prompts)} a process) x {c.rollout.group_size} outputs, rows of {c.optimizer.micro_batch} at a time{lora(c)}"
+    steps = [f"a step{f' of stage {s.name}' if s else ''}: {step(c)}" for s, c in trained(job.cfg)]
+    return "\n".join([f"{job.recipe} on {job.cfg.policy}: {where} = {job.world} process{'es' * (job.world > 1)}, {spread}", *steps, f"run folder: {job.cfg.run_dir}"])
+
+def remarks(job: Job, files: dict, slurm: str | Path | None) -> list[str]:
+    "What somebody should know who starts it."
+    shown = [p.name for p in files if p.name.startswith("deepspeed")]
+    out = [f"{', '.join(shown)}: what the engine makes itself from the run's settings; editing it changes nothing"] if shown else []
+    tokens = [f"rewards.{r.name}.settings.token_file=FILE" for _, c in trained(job.cfg) for r in c.rewards if "url" in r.settings and not r.settings.get("token_file")]
+    if tokens and not slurm and job.nodes > 1: out.append(f"ssh passes no variables on, so a reward server's token must stand in a file that every node sees: {' '.join(dict.fromkeys(tokens))}")
+    return out
+
+def edited(
+    path: Path,         # a file that the launcher wrote, or would write
+    at: Path,           # the launch folder
+    key: str,           # what job.json calls it
+) -> bool:
+    "Has somebody changed a file since the launcher wrote it?"
+    if not path.exists(): return False
+    try: return json.loads((at/"job.json").read_text(encoding="utf-8"))["written"][key] != _fingerprint(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, LookupError, TypeError): return True
+
+# %% ../../nbs/60_train.launch.ipynb #continue
+def continue_command(
+    run_dir: str | Path,
+) -> str | None:            # None: this run was not launched
+    "The command that continues a launched run as it was spread and started; for a stage, that of the run it belongs to."
+    run_dir = Path(run_dir)
+    if not (run_dir/"launch").exists() and run_dir.name in _stage_names(run_dir.parent): run_dir = run_dir.parent
+    try: job = json.loads((run_dir/"launch"/"job.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError): return None
+    if not isinstance(job, dict) or "recipe" not in job: return None
+    words = ["--gpus", job.get("gpus", 1), *(["--processes", job["processes"]] if job.get("processes") else [])]
+    usual = dict(nodes=1, zero=0, slurm=None, hostfile=None) | (dict(hours=24.0, grace=0) if job.get("slurm") else {})
+    for key, value in usual.items():
+        if job.get(key, value) != value: words += [f"--{key}", job[key]]
+    return shlex.join(map(str, ["unify_rl", "launch", job["recipe"], *words, *["--fsdp"] * bool(job.get("fsdp")), "--resume", f"run_dir={run_dir}"]))
+
+def _stage_names(run_dir: Path) -> list[str]:
+    "The stages of a run; none, if it is no run of stages."
+    try: return [s["name"] for s in read_layer(run_dir/"config.yaml")[0].get("stages", [])]
+    except UserError: return []
 
 # %% ../../nbs/60_train.launch.ipynb #launch
 def launch(
@@ -310,21 +508,26 @@ def launch(
     if hosts: job.nodes = len(hosts)
     here = not slurm and not hosts and job.nodes == 1
     notes = check_job(job, here=here and not dry_run, strict=not dry_run)
-    files = launch_files(job, hosts, slurm, deepspeed_config)
+    files = launch_files(job, hosts, slurm, deepspeed_config, hostfile)
     say(summary(job))
-    for n in notes: say(f"note: {n}")
+    own = job.folder/"launch"
+    for path, key in [(own/"environment.sh", "environment"), *([(Path(slurm).absolute(), "script")] if slurm and job.resume else [])]:
+        if not edited(path, own, key) or (text := path.read_text(encoding="utf-8")) == files[path]: continue
+        files[path] = text
+        notes.append(f"{path} was changed by hand, and is kept as it is")
+    for n in [*notes, *remarks(job, files, slurm)]: say(f"note: {n}")
     if dry_run:
         for path, text in files.items(): say(f"\n==> {path}\n{text.rstrip()}")
         say(f"\nto start it:\n{how_to_start(job, hosts, slurm)}\n(dry run: nothing was written or started)")
         return 0
-    _write(files, job.folder/"launch")
-    if not here: say(f"written: {job.folder/'launch'}\nto start it:\n{how_to_start(job, hosts, slurm)}")
+    _write(files, own)
+    if not here: say(f"written: {own}\nto start it:\n{how_to_start(job, hosts, slurm)}")
     return _run(job) if here else 0
 
 def _write(files: dict, own: Path) -> None:
-    "Write all files; a script elsewhere that was changed by hand is left alone."
+    "Write all files; a script elsewhere that is somebody's own is left alone."
     for path, text in files.items():
-        if path.parent != own and path.exists() and path.read_text(encoding="utf-8") != text:
+        if path.parent != own and edited(path, own, "script") and path.read_text(encoding="utf-8") != text:
             raise UserError(f"{path} is there already and says something else; delete it, or name another file")
     for path, text in files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
