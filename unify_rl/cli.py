@@ -366,15 +366,17 @@ def launch(args) -> int:
 def plan(args) -> int:
     "`unify_rl plan`"
     from unify_rl.run import Screen
-    from unify_rl.train.plan import plan_recipe, plan_record, plan_table, verdict
+    from unify_rl.train.plan import answer_record, plan_recipe, plan_table, summed_up, verdict
     from unify_rl.train.runlog import write_aside
-    asked, better = plan_recipe(args.recipe, args.policy, args.gpus, args.zero, args.lora, args.offload, args.words, args.config, args.settings, args.fsdp)
-    screen = Screen()
-    screen.say(plan_table(asked))
-    if better: screen.say(plan_table(better))
-    screen.say(verdict(asked, better))
-    if args.json: write_aside(Path(args.json), json.dumps(dict(asked=plan_record(asked), better=better and plan_record(better)), indent=1) + "\n")
-    return 0 if asked.fits else 1
+    answer, screen = plan_recipe(args.recipe, args.policy, args.gpus, args.zero, args.lora, args.offload, args.words, args.config, args.settings, args.fsdp), Screen()
+    for stage, asked in answer.asked.items():
+        better = answer.better[stage] if answer.better and not asked.fits else None
+        if stage: screen.say(f"stage {stage}", style="bold")
+        for p in filter(None, (asked, better)): screen.say(plan_table(p))
+        screen.say(verdict(asked, better) + "\n" * bool(stage))
+    if answer.cfg.stages: screen.say(summed_up(answer), style="bold")
+    if args.json: write_aside(Path(args.json), json.dumps(answer_record(answer), indent=1) + "\n")
+    return 0 if answer.fits else 1
 
 def doctor(args) -> int:
     "`unify_rl doctor`"
