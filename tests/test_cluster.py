@@ -1,5 +1,6 @@
 "Will it fit, what is missing, and how it is started: the planner against tensors that live, the doctor in made-up machines, the launcher's scripts run by a shell."
 import importlib.metadata
+import io
 import itertools
 import json
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from unify_rl import doctor
 from unify_rl.cli import main
@@ -302,7 +304,7 @@ def test_stages_are_planned_each(tmp_path, capsys):
     assert alone.peak == record["stages"]["refined"]["asked"]["peak"]
 
 
-@pytest.mark.parametrize("words", slow_but((["corl", *STAGES],), [(["grpo", "rollout.prompts=4", "rollout.group_size=4"],), (["corl", *STAGES, "stages.refined.settings=[task=both, rollout.prompts=8, rollout.group_size=4]"],)]))
+@pytest.mark.parametrize("words", slow_but(["corl", *STAGES], [(["grpo", "rollout.prompts=4", "rollout.group_size=4"],), (["corl", *STAGES, "stages.refined.settings=[task=both, rollout.prompts=8, rollout.group_size=4]"],)]))
 @pytest.mark.parametrize("share", [0.95, pytest.param(0.6, marks=pytest.mark.slow), pytest.param(0.4, marks=pytest.mark.slow)])
 def test_what_is_printed_can_be_typed(words, share, capsys):
     "The changes that are said to help are words of the command line, with which it says yes."
@@ -652,6 +654,36 @@ def test_a_recipe_and_what_it_needs(tmp_path):
     record = json.loads(json.dumps(doctor.doctor_record(far)))
     assert record["healthy"] is False and doctor.doctor_table(far).row_count > 20
     assert doctor.cures([]) == "nothing is missing"
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_the_doctor_s_table_is_plain_words(width, monkeypatch, capsys):
+    "No markup is printed as it is written, and no name is cut, on a terminal or in a file."
+    monkeypatch.setenv("COLUMNS", str(width))
+    name = "somebody-with-a-long-name/a-model-whose-name-does-not-end-soon-[v2]"
+    found = [doctor.Finding("devices", "CPU", "info", "[a]"), doctor.Finding("weights", name, "missing", f"/cache/{'x' * 150}/[end]"), doctor.Finding("weights", "b", "ok", "there")]
+    for terminal in (False, True):
+        console = Console(file=(out := io.StringIO()), width=width, force_terminal=terminal, force_jupyter=False, color_system="standard" if terminal else None)
+        console.print(doctor.doctor_table(found), highlight=False, markup=False)
+        said = re.sub(r"\x1b\[[0-9;]*m", "", out.getvalue())
+        assert "[/" not in said and "[bold]" not in said and "…" not in said and "MISSING" in said
+        assert {len(line.rstrip()) <= width for line in said.splitlines()} == {True}
+        letters = "".join(said.split())
+        assert all(c in letters for c in ("[a]", "[end]")) and sum(letters.count(c) for c in "x") == 150
+        assert ("\x1b[31m" in out.getvalue()) == terminal                            # MISSING is red where there are colours
+    assert main(["doctor", "--policy", "tiny-janus"]) == 0
+    said = capsys.readouterr().out
+    assert "[/" not in said and "versions" in said and "…" not in said
+
+
+@pytest.mark.parametrize("name, why", [("nosuch", "unknown policy 'nosuch'"), ("tiny-jnus", "Did you mean 'tiny-janus'?"), ("{at}/empty", "there is no config.json in it"), ("{at}/file", "there is no config.json in it")])
+@pytest.mark.parametrize("recipe", [[], ["grpo"]])
+def test_a_policy_that_is_nowhere_is_missing(name, why, recipe, tmp_path, capsys):
+    (tmp_path/"empty").mkdir(); (tmp_path/"file").touch()
+    assert main(["doctor", *recipe, "--policy", name.format(at=tmp_path), *[f"run_dir={tmp_path}/run"] * bool(recipe)]) == 1
+    said = " ".join(capsys.readouterr().out.split())
+    assert "MISSING" in said and why in said.replace("│", "") or why.replace(" ", "") in said.replace(" ", "")
+    assert "needed: --policy" in said and "nothing is missing" not in said
 
 
 def test_rewards_with_weights_of_their_own(tmp_path, monkeypatch):

@@ -210,6 +210,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'unify_rl.doctor.check_file': ('doctor.html#check_file', 'unify_rl/doctor.py'),
                                  'unify_rl.doctor.check_known': ('doctor.html#check_known', 'unify_rl/doctor.py'),
                                  'unify_rl.doctor.check_model': ('doctor.html#check_model', 'unify_rl/doctor.py'),
+                                 'unify_rl.doctor.check_policy': ('doctor.html#check_policy', 'unify_rl/doctor.py'),
                                  'unify_rl.doctor.check_rewards': ('doctor.html#check_rewards', 'unify_rl/doctor.py'),
                                  'unify_rl.doctor.check_room': ('doctor.html#check_room', 'unify_rl/doctor.py'),
                                  'unify_rl.doctor.check_run': ('doctor.html#check_run', 'unify_rl/doctor.py'),
