@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 
 from unify_rl import doctor
-from unify_rl.cli import main
+from unify_rl.cli import main, parse
 from unify_rl.core import Prompt, UserError, generator_for
 from unify_rl.mechanisms.tokens import _Decoder, encode_prefix
 from unify_rl.policies.load import load_policy
@@ -322,6 +322,22 @@ def test_what_is_printed_can_be_typed(words, share, capsys):
 def test_settings_of_a_staged_recipe_belong_to_its_stages(capsys):
     assert main(["plan", "corl", "--lora", "16"]) == 2
     assert "corl consists of stages and has no model.lora_rank of its own; set it for a stage: 'stages.unified.settings=[\"model.lora_rank=...\"]'" in capsys.readouterr().err
+
+
+def test_manuals_name_what_there_is(capsys):
+    "The published models are those whose sizes are known; every example is a command line that can be read."
+    for verb in ("plan", "doctor"):
+        with pytest.raises(SystemExit): main([verb, "--help"])
+        said = capsys.readouterr().out
+        assert "full_size.yaml" not in said and "examples" in said and "Exit status" in said
+        examples = [line.split("   ")[0].split(" | ")[0] for line in said.partition("examples\n")[2].splitlines()]
+        assert len(examples) >= 4
+        for line in examples:
+            words = shlex.split(line)
+            assert words[:2] == ["unify_rl", verb]
+            args = parse(words[1:])
+            if args.recipe: planner.trained(load_config(args.recipe, args.policy, overrides=[*([f"engine.zero={args.zero}"] if verb == "plan" else []), *args.settings]))
+        if verb == "plan": assert set(re.findall(r"[\w-]+/[\w.-]+", said.partition("policies\n")[2].partition(":")[0])) == set(full_size())
 
 
 @pytest.mark.slow
