@@ -85,7 +85,7 @@ examples
 PLAN_MANUAL = """what it does
   Rehearses a step of the policy's own code on tensors that have a shape and no numbers, and counts what is alive in each
   phase, on each GPU. Nothing is downloaded, and a laptop will do. If it does not fit, changes are tried, the mildest first;
-  those that help are printed as they can be typed, here and behind unify_rl launch or train. A recipe that consists of
+  those that help are printed as they are typed, here and behind unify_rl launch. A recipe that consists of
   stages is planned stage by stage. Exit status: 0 if it fits as asked, 1 if not.
 
 policies
