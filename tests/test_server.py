@@ -224,6 +224,25 @@ def test_health_counts():
     assert h["rewards"]["paying"] == dict(tasks=list(ALL), cost="cheap", checks=False, covers=False, settings=dict(form="x"))
 
 
+def test_who_only_looks_need_not_name_the_format():
+    with serving(paying()) as server:
+        body = pack_request("paying", *DRAWN)[0]
+        assert speak(server, "GET", "/health", Unify_RL_Rewards=None)[0] == 200
+        for method, path, sent, format in (("GET", "/health", None, "0"), ("POST", "/score", body, None), ("POST", "/check", b"{}", None), ("POST", "/score", body, "2")):
+            status, text, _ = speak(server, method, path, sent, Unify_RL_Rewards=format)
+            assert status == 400 and "speaks format 1" in text, (method, path, format)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes of files")
+@pytest.mark.parametrize("mode, warned", [(0o600, False), (0o400, False), (0o640, True), (0o604, True), (0o620, True)])
+def test_a_token_file_that_others_may_read_is_warned_of(mode, warned, tmp_path, capsys):
+    (file := tmp_path/"to ken").write_text(SECRET)
+    file.chmod(mode)
+    assert S.find_token(str(file)) == SECRET
+    said = capsys.readouterr().err
+    assert (f"chmod 600 '{file}'" in said) == warned and SECRET not in said and (warned or not said)
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "", "192.168.0.1", "example.org", "::"])
 def test_other_machines_come_in_only_if_a_token_was_chosen(host, monkeypatch):
     monkeypatch.delenv(TOKEN)

@@ -16,9 +16,9 @@ from typing import Callable, Sequence
 from .core import UserError
 
 # %% auto #0
-__all__ = ['SERVE_MANUAL', 'LAUNCH_MANUAL', 'PAIRS_MANUAL', 'Parser', 'train_manual', 'recipe_list', 'parser', 'train',
-           'evaluate', 'pretrain', 'subspace', 'merge', 'inspect', 'serve', 'launch', 'plan', 'doctor', 'pairs',
-           'read_sides', 'pairs_table', 'suite_scores', 'score_table', 'parse', 'main']
+__all__ = ['SERVE_MANUAL', 'LAUNCH_MANUAL', 'PLAN_MANUAL', 'DOCTOR_MANUAL', 'PAIRS_MANUAL', 'Parser', 'train_manual',
+           'recipe_list', 'parser', 'train', 'evaluate', 'pretrain', 'subspace', 'merge', 'inspect', 'serve', 'launch',
+           'plan', 'doctor', 'pairs', 'read_sides', 'pairs_table', 'suite_scores', 'score_table', 'parse', 'main']
 
 # %% ../nbs/80_cli.ipynb #parser
 class Parser(argparse.ArgumentParser):
@@ -48,9 +48,10 @@ settings (key = default)
 {describe()}"""
 
 SERVE_MANUAL = """who may ask
-  Programs on the same machine that show the token (Authorization: Bearer). It is read from --token-file or from
-  UNIFY_RL_REWARD_TOKEN; if there is none, one is made and printed. With --host 0.0.0.0 other machines come in too, and
-  then the token must be given. HTTP is not encrypted: across a network that is not yours, use ssh -L.
+  Programs on the same machine that show the token (Authorization: Bearer). It is read from --token-file, which only you
+  should be able to read (chmod 600), or from UNIFY_RL_REWARD_TOKEN; if there is none, one is made and printed. With
+  --host 0.0.0.0 other machines come in too, and then the token must be given. HTTP is not encrypted: across a network
+  that is not yours, use ssh -L.
 
 how a training asks
   rewards:
@@ -62,8 +63,9 @@ how a training asks
 
 what it answers
   /          a page for people (no token)
-  /health    rewards and their settings, requests, errors, limits
-  /score, /check    JSON with PNG; nothing that is sent is ever run
+  /health    rewards and their settings, requests, errors, limits:
+             curl -H @- http://127.0.0.1:8000/health <<< "Authorization: Bearer $UNIFY_RL_REWARD_TOKEN"
+  /score, /check    JSON with PNG, and the header Unify-RL-Rewards: 1; nothing that is sent is ever run
 
 examples
   unify_rl serve-rewards --rewards semantic,knowledge --device cuda:1
@@ -86,6 +88,47 @@ stopping and continuing
   Ctrl-C or a SIGTERM lets the run finish its step, save, and end. A Slurm job is asked in time before its limit (--grace), saves,
   and returns to the queue by itself; scancel --batch --signal=INT JOB ends it for good, saved. The command with --resume continues
   a run, on as many processes as it says. Edit run_dir/launch/environment.sh for your site; launching again keeps what you change."""
+
+PLAN_MANUAL = """what it does
+  Rehearses a step of the policy's own code on tensors that have a shape and no numbers, and counts what is alive in each
+  phase, on each GPU. Nothing is downloaded, and a laptop will do. If it does not fit, changes are tried, the mildest first;
+  those that help are printed as they are typed, here and behind unify_rl launch. A recipe that consists of
+  stages is planned stage by stage. Exit status: 0 if it fits as asked, 1 if not.
+
+policies
+  deepseek-community/Janus-Pro-1B, deepseek-community/Janus-Pro-7B, ByteDance-Seed/BAGEL-7B-MoT, Alpha-VLLM/Lumina-DiMOO:
+  their sizes come with the package. Another model of these families by its folder, of which only the JSON files are read
+  (of a BAGEL the header of ae.safetensors too): hf download OWNER/NAME --include '*.json' --local-dir FOLDER
+
+what is counted
+  On each GPU weights, gradients, AdamW's moments, the reference, reward models with device: cuda, and what a phase needs;
+  92 % of a GPU's memory count as usable. On the host what each process needs while it loads, and the first while it saves.
+  Prompts have --words words, answers rollout.max_text tokens: a plan is for the longest ones.
+
+examples
+  unify_rl plan lvrpo --policy ByteDance-Seed/BAGEL-7B-MoT --gpus 8x80GB
+  unify_rl plan lvrpo --policy ByteDance-Seed/BAGEL-7B-MoT --gpus 32x80GB --zero 3 engine.gather=layer
+  unify_rl plan pairuni --policy deepseek-community/Janus-Pro-7B --gpus 1x141GB --zero 1 engine.offload=optimizer
+  unify_rl plan corl --policy deepseek-community/Janus-Pro-1B --gpus 8x80GB --fsdp --json plan.json
+  unify_rl plan corl 'stages.refined.settings=[task=both, optimizer.micro_batch=4]'"""
+
+DOCTOR_MANUAL = """what it does
+  Looks at versions, devices, how processes can talk, compilers, room on the disk, and the weights and data that a recipe
+  needs. It downloads nothing and changes nothing. What is missing is listed at the end, with the command that brings it.
+  Without a recipe: the machine, and every model that the package knows, none of which is needed then.
+  Exit status: 0 if nothing that is needed is missing, 1 if something is.
+
+states
+  ok         it is there
+  MISSING    it is needed and not there
+  warning    it may hurt: a nearly full disk, a name that could not be looked up
+  (none)     for your information
+
+examples
+  unify_rl doctor                                                            this machine
+  unify_rl doctor lvrpo --policy ByteDance-Seed/BAGEL-7B-MoT                 what that run needs
+  unify_rl doctor pairuni data.path=runs/my-pairs log.trackers=[wandb]       with the words of unify_rl train
+  unify_rl doctor corl --json | python -m json.tool                          for scripts"""
 
 PAIRS_MANUAL = """what it does
   Reads two data sets, questions about pictures and sentences with pictures, and makes pairs of them (PairUni, Algorithm 1):
@@ -250,20 +293,20 @@ def parser() -> Parser:
     v.add_argument("--dry-run", action="store_true", help="show all files and commands; write and start nothing")
     v.add_argument("settings", nargs="*", metavar="key=value", help="single settings, as for train")
 
-    v = verb("plan", plan, "say what every GPU will hold in each phase, and whether it fits; nothing is downloaded")
+    v = verb("plan", plan, "say what every GPU will hold in each phase, and whether it fits; nothing is downloaded", lambda: PLAN_MANUAL)
     v.add_argument("recipe", metavar="RECIPE", help="which recipe")
-    v.add_argument("--policy", metavar="P", help="a shipped name, a folder, or a published model: see unify_rl/assets/full_size.yaml")
+    v.add_argument("--policy", metavar="P", help="a shipped name, a folder, or a published model, see below; default: the recipe's")
     v.add_argument("--config", metavar="FILE", help="YAML file of settings, over the recipe's")
     v.add_argument("--gpus", metavar="NxGB", default="8x80GB", help="all GPUs, and the memory of one; default: %(default)s")
     v.add_argument("--zero", type=int, metavar="Z", default=0, help="0: DDP; 1, 2, 3: ZeRO; default: %(default)s")
     v.add_argument("--fsdp", action="store_true", help="FSDP instead of ZeRO: PyTorch alone shares out parameters, gradients and optimizer")
-    v.add_argument("--offload", metavar="O", default="none", help="none, optimizer or params; default: %(default)s")
+    v.add_argument("--offload", metavar="O", default="none", help="what ZeRO keeps on the host, like engine.offload=O: none, optimizer or params; default: %(default)s")
     v.add_argument("--lora", type=int, metavar="RANK", default=0, help="LoRA adapters of this rank")
     v.add_argument("--words", type=int, metavar="W", default=64, help="words of a prompt; default: %(default)s")
     v.add_argument("--json", metavar="FILE", help="also write the plan there")
     v.add_argument("settings", nargs="*", metavar="key=value", help="single settings, as for train")
 
-    v = verb("doctor", doctor, "look at versions, devices, room and weights, and say what is missing")
+    v = verb("doctor", doctor, "look at versions, devices, room and weights, and say what is missing", lambda: DOCTOR_MANUAL)
     v.add_argument("recipe", metavar="RECIPE", nargs="?", help="what this recipe needs; without: the machine, and every known model")
     v.add_argument("--policy", metavar="P", help="a shipped name, a folder, or a hub name; default: the recipe's")
     v.add_argument("--config", metavar="FILE", help="YAML file of settings, over the recipe's")
@@ -376,15 +419,17 @@ def launch(args) -> int:
 def plan(args) -> int:
     "`unify_rl plan`"
     from unify_rl.run import Screen
-    from unify_rl.train.plan import plan_recipe, plan_record, plan_table, verdict
+    from unify_rl.train.plan import answer_record, plan_recipe, plan_table, summed_up, verdict
     from unify_rl.train.runlog import write_aside
-    asked, better = plan_recipe(args.recipe, args.policy, args.gpus, args.zero, args.lora, args.offload, args.words, args.config, args.settings, args.fsdp)
-    screen = Screen()
-    screen.say(plan_table(asked))
-    if better: screen.say(plan_table(better))
-    screen.say(verdict(asked, better))
-    if args.json: write_aside(Path(args.json), json.dumps(dict(asked=plan_record(asked), better=better and plan_record(better)), indent=1) + "\n")
-    return 0 if asked.fits else 1
+    answer, screen = plan_recipe(args.recipe, args.policy, args.gpus, args.zero, args.lora, args.offload, args.words, args.config, args.settings, args.fsdp), Screen()
+    for stage, asked in answer.asked.items():
+        better = answer.better[stage] if answer.better and not asked.fits else None
+        if stage: screen.say(f"stage {stage}", style="bold")
+        for p in filter(None, (asked, better)): screen.say(plan_table(p))
+        screen.say(verdict(asked, better) + "\n" * bool(stage))
+    if answer.cfg.stages: screen.say(summed_up(answer), style="bold")
+    if args.json: write_aside(Path(args.json), json.dumps(answer_record(answer), indent=1) + "\n")
+    return 0 if answer.fits else 1
 
 def doctor(args) -> int:
     "`unify_rl doctor`"

@@ -21,13 +21,14 @@ from .data.stream import check_source
 from .policies.base import read_json, weight_files
 from .policies.load import FAMILIES, policies
 from .train.config import Config, load_config
+from .train.launch import _check_policy
 from .train.plan import MODELS, full_size, reward_models
 
 # %% auto #0
 __all__ = ['OWN', 'ROOM', 'TORCH_FILES', 'MARKS', 'Finding', 'sick', 'requirements', 'check_versions', 'gigabytes',
            'memory_bytes', 'check_devices', 'check_talk', 'check_compilers', 'check_room', 'cached_folder', 'lacks',
-           'check_model', 'check_file', 'check_rewards', 'examine', 'check_known', 'check_run', 'doctor_table', 'cures',
-           'doctor_record']
+           'check_model', 'check_policy', 'check_file', 'check_rewards', 'examine', 'check_known', 'check_run',
+           'doctor_table', 'cures', 'doctor_record']
 
 # %% ../nbs/76_doctor.ipynb #finding
 @dataclass(frozen=True)
@@ -153,6 +154,12 @@ def check_model(who: str, name: str, needed: bool = True, cached: Callable = cac
     if at is None: return Finding("weights", name, "missing" if needed else "info", f"not in the cache ({who})", cure, needed)
     return _model_in(who, name, at, cure, needed)
 
+def check_policy(name: str, cached: Callable = cached_folder) -> Finding:
+    "Is a policy there? A name that no policy can have is missing, as it is to the launcher."
+    try: _check_policy(name)
+    except UserError as e: return Finding("weights", name, "missing", f"{e} (the policy)", "--policy with another name")
+    return check_model("the policy", name, cached=cached)
+
 def _model_in(who: str, name: str, folder: Path, cure: str, needed: bool) -> Finding:
     gone = lacks(folder)
     return Finding("weights", name, "missing" if gone else "ok", f"{gone} ({who})" if gone else f"{folder} ({who})", cure if gone else "", needed)
@@ -210,7 +217,7 @@ def examine(
     machine = [*check_versions(), *check_devices(), *check_talk(), *check_compilers()]
     if recipe is None: return machine + check_room("runs") + check_known(policy, cached)
     cfg = load_config(recipe, policy, config_file, overrides)
-    out = machine + check_room(cfg.run_dir) + [check_model("the policy", cfg.policy, cached=cached)]
+    out = machine + check_room(cfg.run_dir) + [check_policy(cfg.policy, cached)]
     for c in [load_config(s.recipe, cfg.policy, overrides=s.settings) for s in cfg.stages if s.recipe] or [cfg]: out += [*check_rewards(c, cached=cached), *check_run(c)]
     return list(dict.fromkeys(out))
 
@@ -218,7 +225,7 @@ def check_known(policy: str | None, cached: Callable = cached_folder) -> list[Fi
     "Every model that the package knows; only a policy that was asked for is needed."
     known = [check_model("a policy", n, False, cached) for n in full_size() if n != policy]
     rewards = [check_model("rewards", n, False, cached) for n in MODELS if "/" in n and n != "xswu/HPSv2"] + [check_file("reward hps", "xswu/HPSv2", "HPS_v2.1_compressed.pt", False)]
-    return ([check_model("the policy", policy, cached=cached)] if policy else []) + known + rewards
+    return ([check_policy(policy, cached)] if policy else []) + known + rewards
 
 def check_run(cfg: Config) -> list[Finding]:
     "Data and trackers of one run."
@@ -237,14 +244,17 @@ def check_run(cfg: Config) -> list[Finding]:
 MARKS = {"ok": ("ok", "green"), "missing": ("MISSING", "red"), "warning": ("warning", "yellow"), "info": ("", "dim")}
 
 def doctor_table(findings: list[Finding]):
-    "The findings for people."
+    "The findings for people; a long name goes on in the next line."
+    from rich.padding import Padding
     from rich.table import Table
-    t = Table("", "", "", "", box=None, show_header=False, padding=(0, 2))
+    from rich.text import Text
+    t = Table(box=None, show_header=False, padding=(0, 3, 0, 0))
+    for _ in range(3): t.add_column(overflow="fold")
     group = None
     for f in findings:
-        if f.group != group: t.add_row(f"[bold]{f.group}[/bold]" if group is None else f"\n[bold]{f.group}[/bold]")
+        if f.group != group: t.add_row(Text(f.group if group is None else f"\n{f.group}", "bold"))
         word, style = MARKS[f.state]
-        t.add_row(f"  {f.name}", f"[{style}]{word}[/{style}]", f.found.replace("[", r"\["))
+        t.add_row(Padding(Text(f.name), (0, 0, 0, 2)), Text(word, style), Text(f.found))
         group = f.group
     return t
 

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import secrets
+import shlex
 import socket
 import sys
 import threading
@@ -247,6 +248,8 @@ def find_token(token_file: str = "", token_env: str = TOKEN) -> str:
     except (OSError, UnicodeDecodeError) as e: raise UserError(f"the token file {token_file} cannot be read: {getattr(e, 'strerror', None) or e}") from None
     if token_file and not token: raise UserError(f"the token file {token_file} is empty; write a long secret into it")
     if not _plain(token): raise UserError(f"the token in {token_file or token_env} is not one line of {PLAIN}")
+    if token_file and os.name == "posix" and Path(token_file).expanduser().stat().st_mode & 0o077:
+        print(f"warning: others on this machine may read or change the token file {token_file}: chmod 600 {shlex.quote(token_file)}", file=sys.stderr)
     return token
 
 PLAIN = "plain letters, digits and signs"
@@ -356,7 +359,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.unread = int(length) if length.isascii() and length.isdigit() and len(length) < 16 else 0
         shown = self.headers.get("Authorization", "").encode("latin-1", "replace")
         if not hmac.compare_digest(shown, f"Bearer {owner.token}".encode()): raise Refused(401, "the token is missing or wrong")
-        if (theirs := self.headers.get(HEADER)) != FORMAT: raise Refused(400, f"this server speaks format {FORMAT} of {HEADER}, not {str(theirs)[:20]}")
+        theirs = self.headers.get(HEADER)
+        if theirs != FORMAT and (theirs is not None or self.command == "POST"): raise Refused(400, f"this server speaks format {FORMAT} of {HEADER}, not {str(theirs)[:20]}")
         if str(self.unread) != length or "Transfer-Encoding" in self.headers: raise Refused(411, "the length of the body must be said")
         if self.unread > owner.max_body: raise Refused(413, f"a request of {length} bytes; the limit is {owner.max_body}")
 

@@ -5,6 +5,7 @@
 # %% ../../nbs/30_rewards.verifiable.ipynb #imports
 from __future__ import annotations
 
+import os
 import re
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -25,8 +26,8 @@ from ..world.scenes import World, place, relations
 
 # %% auto #0
 __all__ = ['RULES', 'REWARDS', 'MODULES', 'SERVED', 'Seen', 'check_constraints', 'well_formed', 'Reward', 'per_sample', 'Eyes',
-           'find_reward', 'make_reward', 'build_rewards', 'check_prompts', 'ScoreTable', 'score', 'ask_ahead',
-           'all_answers']
+           'find_reward', 'make_reward', 'own_gpu', 'build_rewards', 'check_prompts', 'ScoreTable', 'score',
+           'ask_ahead', 'all_answers']
 
 # %% ../../nbs/30_rewards.verifiable.ipynb #rules
 @dataclass
@@ -237,7 +238,14 @@ def make_reward(name: str, settings: dict, eyes: Eyes) -> Reward:
     takes = list(signature(make).parameters)[1:]
     for key in settings:
         if key not in takes: raise UserError(f"reward {name!r} has no setting {key!r}. {nearest(str(key), takes)}")
+    if settings.get("device") == "cuda": settings = settings | dict(device=own_gpu(name))
     return make(eyes, **settings)
+
+def own_gpu(name: str) -> str:
+    "The GPU of this process, which is not the first one if torchrun has started several."
+    if n := torch.cuda.device_count(): return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % n}"
+    raise UserError(f"reward {name!r} is to look on a GPU (device: cuda), and there is none here. On the CPU, which is slow: rewards.{name}.settings.device=cpu. "
+                    f"Elsewhere: unify_rl serve-rewards, and rewards.{name}.settings.url=...")
 
 def build_rewards(
     specs: list,                # dicts or objects with name, weight and the reward's own settings

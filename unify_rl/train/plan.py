@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import math
 import re
+import shlex
+import warnings
 import weakref
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -26,16 +29,17 @@ from ..mechanisms.flow import sample_flow, timesteps
 from ..mechanisms.tokens import StreamedLayers, _Decoder, encode_prefix, sample_tokens
 from ..policies.base import file_shapes, read_json
 from ..policies.load import policies
-from .config import Config, apply_overrides, from_dict, load_config, to_yaml
+from .config import Config, apply_overrides, from_dict, leaves, load_config, to_yaml
 from .engine import largest_stack
 
 # %% auto #0
-__all__ = ['SHADOW', 'HOLLOW', 'DEPTHS', 'BUCKET', 'LIVE', 'STEP', 'MODELS', 'ASKS', 'USABLE', 'OFFLOADS', 'Live', 'Shadows',
-           'rehearsal', 'fake_mode', 'full_size', 'sizes', 'Words', 'build_janus', 'build_bagel', 'build_dimoo',
-           'share_of', 'good_number', 'imagined', 'sample_janus', 'sample_bagel', 'sample_dimoo', 'Hollow', 'rehearse',
-           'ready', 'forget_gradients', 'hollow_out', 'Counted', 'count', 'Layout', 'states', 'RewardModel',
-           'reward_models', 'reward_bytes', 'Plan', 'plan', 'advise', 'parse_gpus', 'gib', 'plan_table', 'verdict',
-           'plan_recipe', 'plan_record']
+__all__ = ['SHADOW', 'HOLLOW', 'DEPTHS', 'BUCKET', 'LIVE', 'STEP', 'MODELS', 'HALF', 'ASKS', 'USABLE', 'OFFLOADS', 'STAGED',
+           'Live', 'Shadows', 'rehearsal', 'fake_mode', 'full_size', 'sizes', 'Words', 'build_janus', 'build_bagel',
+           'build_dimoo', 'share_of', 'good_number', 'imagined', 'sample_janus', 'sample_bagel', 'sample_dimoo',
+           'Hollow', 'rehearse', 'ready', 'forget_gradients', 'hollow_out', 'Counted', 'count', 'Layout', 'states',
+           'RewardModel', 'reward_models', 'reward_bytes', 'Host', 'Plan', 'plan', 'advise', 'advise_all', 'parse_gpus',
+           'gib', 'plan_table', 'verdict', 'host_lines', 'Answer', 'summed_up', 'trained', 'plan_recipe',
+           'answer_record', 'plan_record']
 
 # %% ../../nbs/59_train.plan.ipynb #live
 class Live(TorchDispatchMode):
@@ -116,8 +120,10 @@ class Shadows(TorchDispatchMode):
 
 @contextlib.contextmanager
 def rehearsal(fake, unknown: bool = True):
-    "Inside, everything is hollow; torch's own random numbers are afterwards as they were."
-    with torch.random.fork_rng([]), fake, Shadows(fake, unknown): yield
+    "Inside, everything is hollow; torch's own random numbers are afterwards as they were. What a CPU says of its kernels concerns nobody, and is not said."
+    with warnings.catch_warnings(), torch.random.fork_rng([]), fake, Shadows(fake, unknown):
+        for kind in (UserWarning, FutureWarning): warnings.simplefilter("ignore", kind)
+        yield
 
 def fake_mode():
     "A world of tensors without numbers."
@@ -485,7 +491,8 @@ def states(params: int, trained: int, lay: Layout, reference: bool, half: bool =
 
 # %% ../../nbs/59_train.plan.ipynb #rewards
 MODELS = {"timm/ViT-SO400M-16-SigLIP2-384": 1.136e9, "ViT-SO400M-14-SigLIP-384": 0.878e9, "Qwen/Qwen2.5-VL-3B-Instruct": 3.755e9, "Qwen/Qwen2.5-VL-7B-Instruct": 8.292e9,
-          "xswu/HPSv2": 0.986e9, "bert-base-uncased": 0.110e9, "lpips-vgg": 0.015e9}         # numbers in the weights; loaded as fp32
+          "xswu/HPSv2": 0.986e9, "bert-base-uncased": 0.110e9, "lpips-vgg": 0.015e9}         # numbers in the weights
+HALF = ("Qwen/",)                           # loaded as they were published, in bf16; the others in fp32
 ASKS = {"semantic": {"model": "tiny-siglip"}, "grounding": {"model": "tiny-siglip"}, "tim": {"model": "tiny-siglip"}, "clip_score": {"model": "tiny-siglip"}, "knowledge": {"model": "tiny-janus"},
         "cycle": {"perceptual": "tiny-siglip", "captioner": "tiny-janus"}}                   # reward -> settings that name a model, and what they are otherwise
 
@@ -496,10 +503,11 @@ class RewardModel(NamedTuple):
     device: str
 
 def reward_models(cfg: Config) -> list[RewardModel]:
-    "The models that a configuration's rewards load, each once."
+    "The models that a configuration's rewards load, each once; a reward that is asked of a server loads none."
     out = []
     for r in cfg.rewards:
         s = r.settings
+        if "url" in s: continue
         names = [s.get(k, v) for k, v in ASKS.get(r.name, {}).items()]
         if r.name == "hps": names = ["tiny-siglip" if s.get("version", "stand-in") == "stand-in" else s.get("checkpoint", "xswu/HPSv2")]
         if r.name == "cycle" and s.get("text_cycle") == "bertscore": names.append(s.get("text_model", "bert-base-uncased"))
@@ -514,7 +522,7 @@ def reward_bytes(cfg: Config) -> tuple[int, int, list]:
     unknown, shipped = [], (*policies(), "tiny-siglip")
     for m in reward_models(cfg):
         if m.model in shipped: continue
-        n = 4 * MODELS.get(m.model, 0)
+        n = (2 if m.model.startswith(HALF) else 4) * MODELS.get(m.model, 0)
         if not n: unknown.append(m.model)
         if m.device == "cpu": host += int(n)
         else: gpu += int(n)
@@ -523,14 +531,20 @@ def reward_bytes(cfg: Config) -> tuple[int, int, list]:
 # %% ../../nbs/59_train.plan.ipynb #plan
 USABLE = 0.92               # of a GPU's memory
 
+class Host(NamedTuple):
+    "Bytes on the host."
+    start: int              # of each process, while it loads the policy
+    stay: int               # of each process, all the time: reward models, and what is offloaded
+    save: int               # of the first process, while it saves: beside `stay`
+
 @dataclass
 class Plan:
-    "What each GPU holds, phase by phase."
+    "What each GPU holds, phase by phase, and what the host does."
     what: str                   # recipe and policy
     layout: Layout
     memory: int                 # bytes of a GPU
     phases: dict                # phase -> {item: bytes}
-    host: int                   # bytes on the host for each process
+    host: Host
     counted: Counted
     notes: list                 # what the plan does not know
     changes: tuple = ()         # what was changed of what was asked for
@@ -559,7 +573,6 @@ def plan(
     changes: tuple = (),            # for the record
 ) -> Plan:
     "What every GPU of a run will hold in each phase."
-    if cfg.stages: raise UserError(f"{cfg.recipe} consists of stages; plan one of them: {', '.join(s.recipe for s in cfg.stages if s.recipe)}")
     c = _counted(cfg.policy, to_yaml(_what_counts(cfg, layout)), tuple(share_of(cfg, layout.gpus).items()), words)
     has_kl = any(cfg.objective.betas.get(k, cfg.objective.beta) for k in ("text", "image"))
     half = cfg.model.precision != "fp32"
@@ -578,9 +591,17 @@ def plan(
                                                "step": 0 if layout.offload != "none" else STEP * (c.trained if not cut else -(-c.trained // layout.gpus))}}
     if not has_kl: del phases["reference"]
     whole = states(c.params, c.trained, replace(layout, offload="none"), False, half)
-    host += sum(whole[k] - s[k] for k in ("weights", "optimizer"))
-    notes = [f"the reward model {m} is not counted: its size is not known" for m in unknown]
-    return Plan(f"{cfg.recipe} on {cfg.policy}", layout, memory, phases, host, c, notes, changes)
+    away = sum(whole[k] - s[k] for k in ("weights", "optimizer"))
+    reference = c.trained if has_kl and not cfg.model.lora_rank else 0
+    at_host = Host(4 * (c.params + reference) + host, host + away, max(12 * c.trained, 4 * c.params))
+    notes = [f"the reward model {m} is not counted: its size is not known" for m in unknown] + _on_the_cpu(cfg)
+    return Plan(f"{cfg.recipe} on {cfg.policy}", layout, memory, phases, at_host, c, notes, changes)
+
+def _on_the_cpu(cfg: Config) -> list[str]:
+    "A note about full-size reward models that look on the host, which is slow."
+    slow = [m for m in reward_models(cfg) if m.device == "cpu" and MODELS.get(m.model, 0) > 0.5e9]
+    return [f"on the CPU, in every process: {', '.join(f'{m.model} (reward {m.reward})' for m in slow)}; rewards.{slow[0].reward}.settings.device=cuda puts it on the process' GPU, "
+            f"unify_rl serve-rewards on another one"] if slow else []
 
 # %% ../../nbs/59_train.plan.ipynb #advise
 def _cures(cfg: Config, lay: Layout) -> list:
@@ -597,9 +618,11 @@ def _cures(cfg: Config, lay: Layout) -> list:
     if not cfg.model.lora_rank: out.append(("--lora 16", ("model.lora_rank=16",), {}))
     return out
 
-def _with_cures(cfg: Config, lay: Layout, cures: list) -> tuple:
+def _with_cures(cfg: Config, lay: Layout, cures: list, own: set) -> tuple:
+    "Configuration, layout and texts with some changes; of those of settings only its `own`."
     texts = {}
-    for text, settings, how in cures: texts[re.split(r"[ =]", text)[0]] = (text, settings, how)         # of two for one setting the later counts
+    for text, settings, how in cures:
+        if how or text in own: texts[re.split(r"[ =]", text)[0]] = (text, settings, how)         # of two for one setting the later counts
     for _, settings, how in texts.values(): cfg, lay = apply_overrides(cfg, settings), replace(lay, **how)
     said = [t for t, _, _ in texts.values()]
     if lay.offload != "none" and not lay.zero: lay, said = replace(lay, zero=1), ["--zero 1", *said]          # it is ZeRO that offloads
@@ -607,25 +630,35 @@ def _with_cures(cfg: Config, lay: Layout, cures: list) -> tuple:
 
 def advise(cfg: Config, memory: int, layout: Layout = Layout(), words: int = 64) -> tuple[Plan, Plan | None]:
     "The plan as asked for; and if that does not fit, one with as few changes as were found to make it fit (None: none were)."
-    asked = plan(cfg, memory, layout, words)
-    if asked.fits: return asked, None
+    asked, better = advise_all({"": cfg}, memory, layout, words)
+    return asked[""], better and better[""]
+
+def advise_all(
+    cfgs: dict[str, Config],            # stages of one run, which share its layout
+    memory: int, layout: Layout = Layout(), words: int = 64,
+) -> tuple[dict, dict | None]:          # stage -> Plan: as asked for, and with changes
+    "The plans of several stages, and as few changes as were found to make all of them fit; settings change only in stages that do not."
+    asked = {k: plan(c, memory, layout, words) for k, c in cfgs.items()}
+    fit = lambda plans: all(p.fits for p in plans.values())
+    if fit(asked): return asked, None
+    own = {k: {c[0]: c for c in _cures(cfgs[k], layout)} if not p.fits else {} for k, p in asked.items()}
     def tried(cures):
-        c, lay, texts = _with_cures(cfg, layout, cures)
-        return plan(c, memory, lay, words, texts)
-    cures = _cures(cfg, layout)
+        made = {k: _with_cures(c, layout, cures, set(own[k])) for k, c in cfgs.items()}
+        return {k: plan(c, memory, lay, words, texts) for k, (c, lay, texts) in made.items()}
+    cures = list({text: c for of in own.values() for text, c in of.items()}.values())
     for cure in cures:
-        if _may_help(asked, cure, layout) and (p := tried([cure])).fits: return asked, p
+        if all(_may_help(p, cure) for p in asked.values() if not p.fits) and fit(plans := tried([cure])): return asked, plans
     chosen = []
     for cure in cures:
         chosen.append(cure)
-        if (p := tried(chosen)).fits: break
+        if fit(plans := tried(chosen)): break
     else: return asked, None
     for cure in chosen[:-1]:
         fewer = [c for c in chosen if c is not cure]
-        if (q := tried(fewer)).fits: chosen, p = fewer, q
-    return asked, p
+        if fit(q := tried(fewer)): chosen, plans = fewer, q
+    return asked, plans
 
-def _may_help(p: Plan, cure: tuple, layout: Layout) -> bool:
+def _may_help(p: Plan, cure: tuple) -> bool:
     "False if what stays is too much already, and the change is about something else."
     stays = max(sum(v for k, v in items.items() if k not in ("activations, logits", "caches, logits, pictures", "rollout")) for items in p.phases.values())
     return bool(cure[2]) or "lora" in cure[0] or stays <= USABLE * p.memory
@@ -644,25 +677,71 @@ def plan_table(p: Plan):
     from rich.table import Table
     items = list(dict.fromkeys(k for phase in p.phases.values() for k in phase if any(q.get(k) for q in p.phases.values())))
     how = ("one process" if p.layout.gpus == 1 else f"{p.layout.gpus} GPUs, {p.layout.name}") + f", {gib(p.memory)} GiB each"
-    t = Table(f"{p.what}\n{how}" + (f"\nwith {' '.join(p.changes)}" if p.changes else "") + "\n\nGiB on each GPU", *("\n" * (2 + bool(p.changes)) + "\n" + k for k in p.phases))
-    for c in t.columns[1:]: c.justify = "right"
+    t = Table()
+    t.add_column(f"{p.what}\n{how}" + (f"\nwith {' '.join(p.changes)}" if p.changes else "") + "\n\nGiB on each GPU", overflow="fold")
+    for k in p.phases: t.add_column("\n" * (3 + bool(p.changes)) + k, justify="right")
     for k in items: t.add_row(k, *(gib(q[k]) if q.get(k) else "" for q in p.phases.values()))
     t.add_section()
     t.add_row("sum", *(gib(sum(q.values())) for q in p.phases.values()), style="bold")
     return t
 
 def verdict(p: Plan, better: Plan | None) -> str:
-    "Yes or no, and what to change."
+    "Yes or no, what to change, and what the host needs."
     say = lambda q: f"{gib(q.peak)} of {gib(int(USABLE * q.memory))} usable GiB"
     lines = [f"{p.counted.params / 1e9:.2f} G parameters, {p.counted.trained / 1e9:.2f} G of them train",
              f"yes, it fits: {say(p)}" if p.fits else f"no, it does not fit: {say(p)}"]
     if not p.fits: lines.append(f"it fits with {' '.join(better.changes)}: {say(better)}" if better else
                                 "no change that was tried makes it fit; take more GPUs, or larger ones")
-    host = (better or p).host
-    if host: lines.append(f"host memory: {gib(host)} GiB for each process (reward models, and what is offloaded)")
-    return "\n".join(lines + p.notes)
+    return "\n".join(lines + host_lines(better or p) + p.notes)
+
+def host_lines(p: Plan) -> list[str]:
+    "What the host needs, in words; nothing of what is less than a tenth of a GiB."
+    n = min(p.layout.gpus, 8)
+    said = [(p.host.start, f"{gib(p.host.start)} GiB for each process{f', {gib(n * p.host.start)} for {n} on one machine,' * (n > 1)} while it loads (weights and reference in fp32, before they go to the GPU)"),
+            (p.host.stay, f"{gib(p.host.stay)} GiB for each process all the time (reward models on the CPU, and what is offloaded)"),
+            (p.host.save, f"{gib(p.host.save)} GiB more in the first process while it saves (parameters and moments in fp32)")]
+    return [f"host memory: {text}" for n, text in said if n > 0.1 * 2**30]
 
 OFFLOADS = ("none", "optimizer", "params")
+
+@dataclass
+class Answer:
+    "What `unify_rl plan` says of a recipe."
+    cfg: Config                     # the run
+    asked: dict[str, Plan]          # stage ('': there are none) -> its plan as asked for
+    better: dict[str, Plan] | None  # with changes that make all fit; None: none are needed, or none were found
+
+    @property
+    def fits(self) -> bool: return all(p.fits for p in self.asked.values())
+
+    @property
+    def changes(self) -> list[str]:
+        "The changes as they are typed behind the command; a stage's settings replace those it has, so they are repeated."
+        if not self.better: return []
+        whole = lambda text: text.startswith(("--zero", "engine."))
+        out = list(dict.fromkeys(t for p in self.better.values() for t in p.changes if whole(t) or "" in self.better))
+        for s in self.cfg.stages:
+            own = [t.replace("--lora ", "model.lora_rank=") for t in (self.better[s.name].changes if s.name in self.better else ()) if not whole(t)]
+            if own: out.append(shlex.quote(f"stages.{s.name}.settings={json.dumps([*s.settings, *own])}"))
+        return out
+
+def summed_up(answer: Answer) -> str:
+    "One verdict on all stages."
+    if answer.fits: return f"all stages of {answer.cfg.recipe} fit"
+    bad = " and ".join(k for k, p in answer.asked.items() if not p.fits)
+    return f"no, {answer.cfg.recipe} does not fit (stage {bad}): " + (f"all stages fit with {' '.join(answer.changes)}" if answer.better else "no change that was tried makes all stages fit")
+
+STAGED = ("steps", "data", "rollout", "rewards", "advantage", "objective", "optimizer", "model")            # settings that belong to a stage, if there are some
+
+def trained(cfg: Config) -> dict[str, Config]:
+    "Stage -> what it trains, with its own settings, spread like the run; a recipe without stages is one of no name."
+    if not cfg.stages: return {"": cfg}
+    at = lambda c, path: c if not path else at(getattr(c, path.partition(".")[0]), path.partition(".")[2])
+    foreign = [p for p, _, _ in leaves(Config) if p.partition(".")[0] in STAGED and at(cfg, p) != at(Config(), p)]
+    first = next(s for s in cfg.stages if s.recipe)
+    if foreign: raise UserError(f"{cfg.recipe} consists of stages and has no {foreign[0]} of its own; set it for a stage: "
+                                + shlex.quote(f"stages.{first.name}.settings={json.dumps([*first.settings, foreign[0] + '=...'])}") + f". Stages: {', '.join(s.name for s in cfg.stages)}")
+    return {s.name: replace(load_config(s.recipe, cfg.policy, overrides=s.settings), engine=cfg.engine) for s in cfg.stages if s.recipe}
 
 def plan_recipe(
     recipe: str,
@@ -675,8 +754,8 @@ def plan_recipe(
     config_file: str | Path | None = None,
     overrides: Sequence[str] = (),
     fsdp: bool = False,
-) -> tuple[Plan, Plan | None]:
-    "What `unify_rl plan` does."
+) -> Answer:
+    "What `unify_rl plan` does; a recipe that consists of stages is planned stage by stage."
     for text in overrides:
         if (key := text.partition("=")[0].strip()) in ("engine.zero", "engine.fsdp"): raise UserError(f"{text}: give --{key.partition('.')[2]} instead, as for unify_rl launch")
     if fsdp and (zero or offload != "none"): raise UserError(f"--fsdp does without DeepSpeed: leave out {f'--zero {zero}' if zero else f'--offload {offload}'}")
@@ -688,9 +767,14 @@ def plan_recipe(
     n, memory = parse_gpus(gpus)
     spread = [f"engine.zero={zero}", f"engine.fsdp={str(fsdp).lower()}", *([f"engine.offload={offload}"] if offload != "none" else [])]
     cfg = load_config(recipe, policy, config_file, [*([f"model.lora_rank={lora}"] if lora else []), *spread, *overrides])
-    return advise(cfg, memory, Layout(n, zero, cfg.engine.offload, fsdp, cfg.engine.gather), words)
+    return Answer(cfg, *advise_all(trained(cfg), memory, Layout(n, zero, cfg.engine.offload, fsdp, cfg.engine.gather), words))
+
+def answer_record(answer: Answer) -> dict:
+    "The answer as plain data: `asked` and `better` of a recipe, or of each of its `stages`."
+    of = lambda k: dict(asked=plan_record(answer.asked[k]), better=answer.better and plan_record(answer.better[k]))
+    return of("") if "" in answer.asked else dict(fits=answer.fits, changes=answer.changes, stages={k: of(k) for k in answer.asked})
 
 def plan_record(p: Plan) -> dict:
     "The plan as plain data."
-    return dict(what=p.what, layout=asdict(p.layout), memory=p.memory, usable=int(USABLE * p.memory), phases=p.phases, peak=p.peak, fits=p.fits, host=p.host,
+    return dict(what=p.what, layout=asdict(p.layout), memory=p.memory, usable=int(USABLE * p.memory), phases=p.phases, peak=p.peak, fits=p.fits, host=p.host._asdict(),
                 params=p.counted.params, trained=p.counted.trained, stages=p.counted.stages, changes=list(p.changes), notes=p.notes)
