@@ -285,11 +285,11 @@ def test_the_host_is_planned():
 def test_full_size_janus_is_trained_in_bf16_by_every_stage():
     for name in ("deepseek-community/Janus-Pro-1B", "deepseek-community/Janus-Pro-7B"):
         corl = load_config("corl", name)
-        for c in planner.trained(corl).values():
+        for _, c in planner.trained(corl):
             m = c.model
             assert (m.precision, m.checkpoint_activations, m.logp_chunk, c.rollout.cfg, c.rollout.max_text) == ("bf16", True, 1024, 5.0, 512), c.recipe
         assert corl.evaluate.cfg == 5.0
-    for c in planner.trained(load_config("corl", "tiny-janus")).values(): assert (c.model.precision, c.model.checkpoint_activations, c.rollout.cfg, c.optimizer.lr) == ("fp32", False, 1.0, 3e-4)
+    for _, c in planner.trained(load_config("corl", "tiny-janus")): assert (c.model.precision, c.model.checkpoint_activations, c.rollout.cfg, c.optimizer.lr) == ("fp32", False, 1.0, 3e-4)
 
 
 STAGES = ["stages.unified.settings=[rollout.prompts=4, rollout.group_size=2]", "stages.refined.settings=[task=both, rollout.prompts=4, rollout.group_size=2]"]
@@ -321,8 +321,10 @@ def test_what_is_printed_can_be_typed(words, share, capsys):
 
 
 def test_settings_of_a_staged_recipe_belong_to_its_stages(capsys):
-    assert main(["plan", "corl", "--lora", "16"]) == 2
-    assert "corl consists of stages and has no model.lora_rank of its own; set it for a stage: 'stages.unified.settings=[\"model.lora_rank=...\"]'" in capsys.readouterr().err
+    assert main(["plan", "corl", "model.lora_rank=16"]) == 2
+    assert "corl consists of stages and has no model.lora_rank of its own; set it for a stage: 'stages.unified.settings=[\"model.lora_rank=16\"]'" in capsys.readouterr().err
+    answer = plan_recipe("corl", "tiny-janus", lora=16, overrides=["stages.unified.settings=[rollout.prompts=8]", "stages.refined.settings=[task=both, rollout.prompts=8]"])
+    assert [p.counted.trained < p.counted.params / 4 for p in answer.asked.values()] == [True, True]
 
 
 def test_manuals_name_what_there_is(capsys):

@@ -17,7 +17,6 @@ import signal
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, field, replace
-from functools import reduce
 from pathlib import Path
 from typing import Callable, Iterable
 
@@ -26,16 +25,15 @@ import torch
 from ..core import UserError, nearest
 from ..data.stream import check_source
 from ..policies.load import family_of, policies
-from .config import Config, StageConfig, apply_overrides, check, from_dict, leaves, load_config, merge, read_layer
+from .config import Config, StageConfig, apply_overrides, from_dict, load_config, merge, read_layer
 from .engine import fsdp_config
-from .plan import HOLLOW, full_size, good_number, ready, sizes
+from .plan import HOLLOW, full_size, good_number, ready, sizes, stage_override, trained
 from .runlog import write_aside
 
 # %% auto #0
-__all__ = ['ATTACHED', 'OF_THE_RUN', 'RANK', 'AWAIT', 'SAVING', 'FILES', 'Job', 'stage_override', 'resolved', 'check_job',
-           'trained', 'read_hosts', 'environment', 'train_words', 'node_script', 'trained_numbers', 'grace',
-           'slurm_script', 'node_commands', 'ssh_script', 'launch_files', 'about', 'how_to_start', 'summary', 'remarks',
-           'edited', 'continue_command', 'launch']
+__all__ = ['ATTACHED', 'RANK', 'AWAIT', 'SAVING', 'FILES', 'Job', 'resolved', 'check_job', 'read_hosts', 'environment',
+           'train_words', 'node_script', 'trained_numbers', 'grace', 'slurm_script', 'node_commands', 'ssh_script',
+           'launch_files', 'about', 'how_to_start', 'summary', 'remarks', 'edited', 'continue_command', 'launch']
 
 # %% ../../nbs/60_train.launch.ipynb #job
 @dataclass
@@ -72,11 +70,6 @@ class Job:
     @property
     def folder(self) -> Path: return Path(self.cfg.run_dir).absolute()
 
-def stage_override(stage: StageConfig, setting: str) -> str:
-    "The setting of a run that gives one of its stages `setting`, beside those the stage has."
-    key = lambda text: text.partition("=")[0].strip()
-    return f"stages.{stage.name}.settings={json.dumps([*(s for s in stage.settings if key(s) != key(setting)), setting], ensure_ascii=False)}"
-
 def resolved(job: Job, overrides: list[str]) -> Config:
     "The configuration that the trainer will have: what is asked for, or, to continue, the run's own and what is changed of it."
     cfg = load_config(job.recipe, job.policy, job.config_file, overrides)
@@ -86,7 +79,6 @@ def resolved(job: Job, overrides: list[str]) -> Config:
 
 # %% ../../nbs/60_train.launch.ipynb #check
 ATTACHED = ("tim",)         # rewards that look through the policy that is trained
-OF_THE_RUN = ("recipe", "policy", "task", "seed", "run_dir", "threads", "on_error", "log.", "checkpoint.", "evaluate.", "engine.", "stages")     # what a run of stages has itself
 
 def check_job(job: Job, here: bool = False, strict: bool = True) -> list[str]:
     "Refuse a job that could not run, before anything is started; returns what could not be checked. `here`: it starts on this machine."
@@ -112,19 +104,6 @@ def check_job(job: Job, here: bool = False, strict: bool = True) -> list[str]:
     return notes
 
 def _refuse(message: str): raise UserError(message)
-
-def trained(
-    cfg: Config,
-    settings: Iterable[str] = (),                   # as they were typed, for messages
-) -> list[tuple[StageConfig | None, Config]]:       # each stage that trains; None: the run itself
-    "What is trained, with what is the run's own."
-    if not cfg.stages: return [(None, cfg)]
-    value, stages = lambda c, path: reduce(getattr, path.split("."), c), [s for s in cfg.stages if s.recipe]
-    for path in [p for p, _, _ in leaves(Config) if not p.startswith(OF_THE_RUN) and value(cfg, p) != value(Config(), p)]:
-        said = next((t for t in settings if t.partition("=")[0].strip() == path), f"{path}=...")
-        raise UserError(f"{cfg.recipe} consists of stages and has no {path} of its own; set it for a stage: {', or '.join(shlex.quote(stage_override(s, said)) for s in stages)}")
-    own = {k: getattr(cfg, k) for k in ("seed", "threads", "on_error", "log", "checkpoint", "evaluate", "engine")}
-    return [(s, check(replace(load_config(s.recipe, cfg.policy, overrides=s.settings), **own))) for s in stages]
 
 def _check_policy(name: str) -> list[str]:
     "Refuse a policy that is nowhere; nothing is downloaded."

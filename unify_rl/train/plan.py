@@ -14,7 +14,7 @@ import shlex
 import warnings
 import weakref
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, reduce
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Callable, Iterable, Iterator, NamedTuple, Sequence
@@ -29,17 +29,17 @@ from ..mechanisms.flow import sample_flow, timesteps
 from ..mechanisms.tokens import StreamedLayers, _Decoder, encode_prefix, sample_tokens
 from ..policies.base import file_shapes, read_json
 from ..policies.load import policies
-from .config import Config, apply_overrides, from_dict, leaves, load_config, to_yaml
+from .config import Config, StageConfig, apply_overrides, check, from_dict, leaves, load_config, to_yaml
 from .engine import largest_stack
 
 # %% auto #0
-__all__ = ['SHADOW', 'HOLLOW', 'DEPTHS', 'BUCKET', 'LIVE', 'STEP', 'MODELS', 'HALF', 'ASKS', 'USABLE', 'OFFLOADS', 'STAGED',
+__all__ = ['SHADOW', 'HOLLOW', 'DEPTHS', 'BUCKET', 'LIVE', 'STEP', 'MODELS', 'HALF', 'ASKS', 'USABLE', 'OFFLOADS', 'OF_THE_RUN',
            'Live', 'Shadows', 'rehearsal', 'fake_mode', 'full_size', 'sizes', 'Words', 'build_janus', 'build_bagel',
            'build_dimoo', 'share_of', 'good_number', 'imagined', 'sample_janus', 'sample_bagel', 'sample_dimoo',
            'Hollow', 'rehearse', 'ready', 'forget_gradients', 'hollow_out', 'Counted', 'count', 'Layout', 'states',
            'RewardModel', 'reward_models', 'reward_bytes', 'Host', 'Plan', 'plan', 'advise', 'advise_all', 'parse_gpus',
-           'gib', 'plan_table', 'verdict', 'host_lines', 'Answer', 'summed_up', 'trained', 'plan_recipe',
-           'answer_record', 'plan_record']
+           'gib', 'plan_table', 'verdict', 'host_lines', 'Answer', 'summed_up', 'stage_override', 'trained',
+           'plan_recipe', 'answer_record', 'plan_record']
 
 # %% ../../nbs/59_train.plan.ipynb #live
 class Live(TorchDispatchMode):
@@ -487,7 +487,7 @@ def states(params: int, trained: int, lay: Layout, reference: bool, half: bool =
            "optimizer": (8 * part(trained, 1) + (4 * part(trained, 1) if z else 0)) * (away("optimizer") if z else 1),
            "reference": (W if z == 3 else 4) * part(trained, 3) if reference else 0}
     out["buckets"] = 2 * W * min(BUCKET, trained) if z and N > 1 else 0
-    return out | {"gathered": W * min(LIVE, params) if z == 3 else 0, "gathered to sample": W * (rest + largest if lay.gather == "layer" else params) if z == 3 else 0}
+    return out | {"gathered": W * (rest + min(LIVE, params - rest)) if z == 3 else 0, "gathered to sample": W * (rest + largest if lay.gather == "layer" else params) if z == 3 else 0}
 
 # %% ../../nbs/59_train.plan.ipynb #rewards
 MODELS = {"timm/ViT-SO400M-16-SigLIP2-384": 1.136e9, "ViT-SO400M-14-SigLIP-384": 0.878e9, "Qwen/Qwen2.5-VL-3B-Instruct": 3.755e9, "Qwen/Qwen2.5-VL-7B-Instruct": 8.292e9,
@@ -731,17 +731,25 @@ def summed_up(answer: Answer) -> str:
     bad = " and ".join(k for k, p in answer.asked.items() if not p.fits)
     return f"no, {answer.cfg.recipe} does not fit (stage {bad}): " + (f"all stages fit with {' '.join(answer.changes)}" if answer.better else "no change that was tried makes all stages fit")
 
-STAGED = ("steps", "data", "rollout", "rewards", "advantage", "objective", "optimizer", "model")            # settings that belong to a stage, if there are some
+OF_THE_RUN = ("recipe", "policy", "task", "seed", "run_dir", "threads", "on_error", "log.", "checkpoint.", "evaluate.", "engine.", "stages")     # what a run of stages has itself
 
-def trained(cfg: Config) -> dict[str, Config]:
-    "Stage -> what it trains, with its own settings, spread like the run; a recipe without stages is one of no name."
-    if not cfg.stages: return {"": cfg}
-    at = lambda c, path: c if not path else at(getattr(c, path.partition(".")[0]), path.partition(".")[2])
-    foreign = [p for p, _, _ in leaves(Config) if p.partition(".")[0] in STAGED and at(cfg, p) != at(Config(), p)]
-    first = next(s for s in cfg.stages if s.recipe)
-    if foreign: raise UserError(f"{cfg.recipe} consists of stages and has no {foreign[0]} of its own; set it for a stage: "
-                                + shlex.quote(f"stages.{first.name}.settings={json.dumps([*first.settings, foreign[0] + '=...'])}") + f". Stages: {', '.join(s.name for s in cfg.stages)}")
-    return {s.name: replace(load_config(s.recipe, cfg.policy, overrides=s.settings), engine=cfg.engine) for s in cfg.stages if s.recipe}
+def stage_override(stage: StageConfig, setting: str) -> str:
+    "The setting of a run that gives one of its stages `setting`, beside those the stage has."
+    key = lambda text: text.partition("=")[0].strip()
+    return f"stages.{stage.name}.settings={json.dumps([*(s for s in stage.settings if key(s) != key(setting)), setting], ensure_ascii=False)}"
+
+def trained(
+    cfg: Config,
+    settings: Iterable[str] = (),                   # as they were typed, for messages
+) -> list[tuple[StageConfig | None, Config]]:       # each stage that trains; None: the run itself
+    "What is trained, with what is the run's own."
+    if not cfg.stages: return [(None, cfg)]
+    value, stages = lambda c, path: reduce(getattr, path.split("."), c), [s for s in cfg.stages if s.recipe]
+    for path in [p for p, _, _ in leaves(Config) if not p.startswith(OF_THE_RUN) and value(cfg, p) != value(Config(), p)]:
+        said = next((t for t in settings if t.partition("=")[0].strip() == path), f"{path}=...")
+        raise UserError(f"{cfg.recipe} consists of stages and has no {path} of its own; set it for a stage: {', or '.join(shlex.quote(stage_override(s, said)) for s in stages)}")
+    own = {k: getattr(cfg, k) for k in ("seed", "threads", "on_error", "log", "checkpoint", "evaluate", "engine")}
+    return [(s, check(replace(load_config(s.recipe, cfg.policy, overrides=s.settings), **own))) for s in stages]
 
 def plan_recipe(
     recipe: str,
@@ -766,8 +774,9 @@ def plan_recipe(
     if words < 1: raise UserError(f"--words is {words}; it must be at least 1")
     n, memory = parse_gpus(gpus)
     spread = [f"engine.zero={zero}", f"engine.fsdp={str(fsdp).lower()}", *([f"engine.offload={offload}"] if offload != "none" else [])]
-    cfg = load_config(recipe, policy, config_file, [*([f"model.lora_rank={lora}"] if lora else []), *spread, *overrides])
-    return Answer(cfg, *advise_all(trained(cfg), memory, Layout(n, zero, cfg.engine.offload, fsdp, cfg.engine.gather), words))
+    load, adapters = lambda *more: load_config(recipe, policy, config_file, [*spread, *overrides, *more]), [f"model.lora_rank={lora}"] * bool(lora)
+    cfg = load(*(stage_override(s, a) for s in load().stages if s.recipe for a in adapters)) if load().stages else load(*adapters)
+    return Answer(cfg, *advise_all({s.name if s else "": c for s, c in trained(cfg, overrides)}, memory, Layout(n, zero, cfg.engine.offload, fsdp, cfg.engine.gather), words))
 
 def answer_record(answer: Answer) -> dict:
     "The answer as plain data: `asked` and `better` of a recipe, or of each of its `stages`."
