@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import signal
 import stat
 import subprocess
@@ -23,7 +24,7 @@ from unify_rl.rewards.verifiable import per_sample
 from unify_rl.run import Screen, _prepare
 from unify_rl.train import plan as planner
 from unify_rl.train.config import apply_overrides, load_config
-from unify_rl.train.launch import Job, check_job, environment, launch, launch_files, node_script, read_hosts, slurm_script, ssh_script
+from unify_rl.train.launch import Job, check_job, continue_command, environment, launch, launch_files, node_script, read_hosts, slurm_script, ssh_script
 from unify_rl.train.plan import (HOLLOW, Layout, Live, advise, count, full_size, imagined, parse_gpus, plan, plan_record, plan_recipe, plan_table, ready, rehearse, reward_models,
                                  share_of, sizes, states, verdict)
 from unify_rl.train.runlog import RunLog
@@ -366,6 +367,24 @@ def test_nasty_names_stay_words(tmp_path):
     show = node_script(j).replace("torchrun", "printf '%s\\n'").split("agent=$!")[0].replace("$resume &", "").replace('. "$here/environment.sh"', "")
     out = subprocess.run(["bash"], input=show, text=True, capture_output=True, env=os.environ | dict(HEAD="a", BASH_ENV="")).stdout.splitlines()
     assert f"run_dir={folder}" in out and "rollout.drawing={}" in out
+
+
+@pytest.mark.parametrize("how, start, words", [
+    (dict(gpus=8, nodes=4, zero=3), "slurm", "--gpus 8 --nodes 4 --zero 3 --slurm '{at}/my job.sbatch'"), (dict(gpus=8, nodes=2, fsdp=True, hours=2.5), "slurm", "--gpus 8 --nodes 2 --slurm '{at}/my job.sbatch' --hours 2.5 --fsdp"),
+    (dict(gpus=4, zero=1, lora=4), "hostfile", "--gpus 4 --nodes 2 --zero 1 --hostfile {at}/hosts"), (dict(gpus=0, processes=2, nodes=2), "torchrun", "--gpus 0 --processes 2 --nodes 2")])
+def test_a_launched_run_says_how_it_is_continued(how, start, words, tmp_path):
+    "The command that job.json gives is one that the launcher takes, and it asks for the same job."
+    from unify_rl.cli import main, parse
+    (tmp_path/"hosts").write_text("a\nb\n")
+    assert continue_command(tmp_path/"run") is None
+    at = {"slurm": dict(slurm=tmp_path/"my job.sbatch"), "hostfile": dict(hostfile=tmp_path/"hosts"), "torchrun": {}}[start]
+    assert launch(job(tmp_path, "rollout.prompts=32", **how), say=lambda s: None, **at) == 0
+    noted = json.loads((tmp_path/"run"/"launch"/"job.json").read_text())
+    assert noted["start"] == start and continue_command(tmp_path/"run") == f"unify_rl launch grpo {words.format(at=tmp_path)} --resume run_dir={tmp_path}/run"
+    args = parse(shlex.split(continue_command(tmp_path/"run"))[1:])
+    assert all(getattr(args, k) == noted[k] for k in ("recipe", "gpus", "processes", "nodes", "zero", "fsdp", "hours", "slurm", "hostfile")) and args.resume
+    (tmp_path/"run"/"launch"/"job.json").write_text("{")
+    assert continue_command(tmp_path/"run") is None
 
 
 def executable(path, text):

@@ -28,7 +28,7 @@ from .runlog import write_aside
 
 # %% auto #0
 __all__ = ['RANK', 'Job', 'check_job', 'read_hosts', 'environment', 'train_words', 'node_script', 'slurm_script', 'node_commands',
-           'ssh_script', 'launch_files', 'how_to_start', 'summary', 'launch']
+           'ssh_script', 'launch_files', 'how_to_start', 'summary', 'continue_command', 'launch']
 
 # %% ../../nbs/60_train.launch.ipynb #job
 @dataclass
@@ -268,16 +268,25 @@ while [ -n "$(jobs -r)" ]; do wait; done
 """
 
 # %% ../../nbs/60_train.launch.ipynb #files
-def launch_files(job: Job, hosts: list[str] | None = None, slurm: str | Path | None = None, deepspeed_config: Callable | None = None) -> dict[Path, str]:
+def launch_files(
+    job: Job,
+    hosts: list[str] | None = None,
+    slurm: str | Path | None = None,
+    deepspeed_config: Callable | None = None,
+    hostfile: str | Path | None = None,     # where the hosts are from, to be noted
+) -> dict[Path, str]:
     "Path -> text of every file of a checked job."
     at = job.folder/"launch"
     asked = {k: v for k, v in asdict(replace(job, cfg=None)).items() if k != "cfg"} | dict(world=job.world, hosts=hosts or [], command=["unify_rl", *train_words(job)])
+    asked |= dict(start="slurm" if slurm else "hostfile" if hosts else "torchrun", slurm=_path(slurm), hostfile=_path(hostfile))
     files = {at/"job.json": json.dumps(asked, indent=1) + "\n", at/"environment.sh": environment(job), at/"node.sh": node_script(job), at/"rank.py": RANK}
     if job.zero and deepspeed_config: files[at/"deepspeed.json"] = json.dumps(deepspeed_config(job.cfg), indent=1) + "\n"
     if job.fsdp: files[at/"fsdp.json"] = json.dumps(fsdp_config(job.cfg.model.precision), indent=1) + "\n"
     if hosts: files[at/"start.sh"] = ssh_script(job, hosts)
     if slurm: files[Path(slurm).absolute()] = slurm_script(job)
     return files
+
+def _path(file: str | Path | None) -> str | None: return None if file is None else str(Path(file).absolute())
 
 def how_to_start(job: Job, hosts: list[str] | None, slurm: str | Path | None) -> str:
     "What the user types next."
@@ -293,6 +302,20 @@ def summary(job: Job) -> str:
     spread = "FSDP" if job.fsdp else f"ZeRO-{job.zero}" if job.zero else "DDP" if job.world > 1 else "one process"
     return (f"{job.recipe} on {job.cfg.policy}: {where} = {job.world} process{'es' * (job.world > 1)}, {spread}{f', LoRA of rank {c.model.lora_rank}' if c.model.lora_rank else ''}\n"
             f"a step: {c.rollout.prompts} prompts ({c.rollout.prompts // job.world} a process) x {c.rollout.group_size} outputs, rows of {c.optimizer.micro_batch} at a time\nrun folder: {job.cfg.run_dir}")
+
+# %% ../../nbs/60_train.launch.ipynb #continue
+def continue_command(
+    run_dir: str | Path,
+) -> str | None:            # None: this run was not launched
+    "The command that continues a launched run as it was spread and started."
+    try: job = json.loads((Path(run_dir)/"launch"/"job.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError): return None
+    if not isinstance(job, dict) or "recipe" not in job: return None
+    words = ["--gpus", job.get("gpus", 1), *(["--processes", job["processes"]] if job.get("processes") else [])]
+    for key, usual in dict(nodes=1, zero=0, slurm=None, hostfile=None).items():
+        if job.get(key, usual) != usual: words += [f"--{key}", job[key]]
+    if job.get("slurm") and job.get("hours", 24.0) != 24.0: words += ["--hours", f"{job['hours']:g}"]
+    return shlex.join(map(str, ["unify_rl", "launch", job["recipe"], *words, *["--fsdp"] * bool(job.get("fsdp")), "--resume", f"run_dir={run_dir}"]))
 
 # %% ../../nbs/60_train.launch.ipynb #launch
 def launch(
@@ -310,7 +333,7 @@ def launch(
     if hosts: job.nodes = len(hosts)
     here = not slurm and not hosts and job.nodes == 1
     notes = check_job(job, here=here and not dry_run, strict=not dry_run)
-    files = launch_files(job, hosts, slurm, deepspeed_config)
+    files = launch_files(job, hosts, slurm, deepspeed_config, hostfile)
     say(summary(job))
     for n in notes: say(f"note: {n}")
     if dry_run:
