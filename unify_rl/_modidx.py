@@ -1668,6 +1668,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'unify_rl/train/checkpoint.py'),
                                            'unify_rl.train.checkpoint.discard': ( 'train.checkpoint.html#discard',
                                                                                   'unify_rl/train/checkpoint.py'),
+                                           'unify_rl.train.checkpoint.each': ('train.checkpoint.html#each', 'unify_rl/train/checkpoint.py'),
                                            'unify_rl.train.checkpoint.load_checkpoint': ( 'train.checkpoint.html#load_checkpoint',
                                                                                           'unify_rl/train/checkpoint.py'),
                                            'unify_rl.train.checkpoint.pack': ('train.checkpoint.html#pack', 'unify_rl/train/checkpoint.py'),
