@@ -414,10 +414,10 @@ def test_ctrl_c_again_after_a_while_interrupts_at_once(tiny, tmp_path):
     assert not checkpoints(tmp_path/"b"/"checkpoints")
 
 def test_sigterm_twice_outside_of_training_still_says_how_to_continue(tiny, tmp_path, monkeypatch):
-    def stop(*args, **kwargs):
-        try: signal.raise_signal(signal.SIGTERM)
-        finally: signal.raise_signal(signal.SIGTERM)
-    monkeypatch.setattr(R, "evaluate", stop)
+    real = R.resume_command
+    def again(*args): signal.raise_signal(signal.SIGTERM); return real(*args)
+    monkeypatch.setattr(R, "resume_command", again)                             # the second arrives while the command is made
+    monkeypatch.setattr(R, "evaluate", lambda *a, **k: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(KeyboardInterrupt, match="--resume"): go(tiny, tmp_path/"b")
     assert signal.getsignal(signal.SIGTERM) == BEFORE[1]
 
