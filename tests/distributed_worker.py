@@ -50,7 +50,7 @@ def accident(rank: int, step: int, where: str, how: str) -> None:
         if trainer.done != step: return inner(trainer, *args, **kw)
         if how == "kill": os.kill(os.getpid(), signal.SIGKILL)
         if how == "term": os.kill(os.getpid(), signal.SIGTERM)
-        if how == "group": os.killpg(os.getpgrp(), signal.SIGTERM), time.sleep(1)       # torchrun and all processes; torchrun tells them once more
+        if how == "group": os.kill(os.getpid(), signal.SIGTERM), os.kill(os.getppid(), signal.SIGTERM), time.sleep(2)       # as node.sh does, and torchrun, which tells all processes
         if how == "raise": raise UserError("the scorer's disk is gone")
         if how == "full": checkpoint.write_file = half_a_file
         if how == "nan":
