@@ -367,6 +367,12 @@ def test_interrupted_in_the_first_test_and_resumed(tiny, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt, match="--resume"): go(tiny, tmp_path/"b")
     assert_same_run(go(tiny, tmp_path/"a"), go(tiny, tmp_path/"b", resume=True))
 
+def test_interrupted_while_it_loads_there_is_nothing_to_continue(tiny, tmp_path, monkeypatch):
+    def stop(*args): signal.raise_signal(signal.SIGTERM)
+    monkeypatch.setattr(R, "load_policy", stop)
+    with pytest.raises(KeyboardInterrupt, match="before there was anything to save"): go(tiny, tmp_path/"runs"/"b")
+    assert not (tmp_path/"runs").exists()
+
 def test_interrupted_in_the_last_test_and_resumed(tiny, tmp_path, monkeypatch, finished):
     real, calls = R.evaluate, []
     def stop(*args, **kwargs):

@@ -479,7 +479,9 @@ def train(
     with quiet(), listening as asked, _alone(cfg):
         try: (_run_stages if cfg.stages else _run_one)(cfg, resume, prompts, rewards, screen, asked)
         except Stopped as e: screen.say(f"stopped {e}. Continue with\n  {resume_command(cfg)}")
-        except KeyboardInterrupt: raise KeyboardInterrupt(f"interrupted; continue with\n  {resume_command(cfg)}") from None
+        except KeyboardInterrupt:
+            begun = (Path(cfg.run_dir)/"config.yaml").exists()
+            raise KeyboardInterrupt(f"interrupted; continue with\n  {resume_command(cfg)}" if begun else "interrupted before there was anything to save") from None
     return Run(cfg.run_dir)
 
 def _alone(cfg: Config):
