@@ -245,6 +245,14 @@ def test_a_signal_to_the_whole_group_stops_all_and_saves(base, tmp_path):
     assert healed(tmp_path) == numbers(base/"janus-0")
 
 
+def test_a_signal_to_one_process_after_the_vote_counts_in_the_next(base, tmp_path):
+    "While a checkpoint is saved: the process does not leave alone, and both stop after the next step."
+    code, err, _ = launch(tmp_path, [run(tmp_path/"a")], timeout=400, accident=dict(rank=1, step=1, where="save", how="term"))
+    assert code == 0, err[-3000:]
+    assert list(checkpoints(tmp_path/"a"/"checkpoints")) == [1, 2] and len(numbers(tmp_path/"a")) == 2
+    assert healed(tmp_path) == numbers(base/"janus-0")
+
+
 @pytest.mark.parametrize("engine", ["0", "fsdp"])
 def test_a_signal_to_one_process_in_a_test_stops_all_and_keeps_the_suites_that_are_done(further, tmp_path, engine):
     "In the second suite of the test before: no process is left waiting, one of them says how to continue, and nothing is tested twice."

@@ -464,6 +464,8 @@ def test_while_steps_are_skipped_nothing_is_rotated_and_a_resumed_run_counts_fro
 def test_a_run_that_breaks_before_the_first_checkpoint_says_so(tiny, tmp_path):
     with pytest.raises(UserError, match="No checkpoint was saved before: start again in another run_dir with a lower optimizer.lr"):
         go(tiny, tmp_path/"b", steps=30, **{"optimizer.lr": 1e30, "checkpoint.every": 0, "log.groups_every": 0})
+    with pytest.raises(UserError, match="newest checkpoint is of step 1: .*If that stops as well, start again in another run_dir"):
+        go(tiny, tmp_path/"c", steps=30, **{"optimizer.lr": 1e30, "checkpoint.every": 1, "log.groups_every": 0})
 
 def test_a_second_start_on_one_folder_is_refused_and_harms_nothing(tiny, tmp_path, finished):
     refused = []

@@ -265,8 +265,8 @@ class Trainer:
         cure, there = "lower optimizer.lr (or model.precision=fp32)", checkpoints(self.log.dir/"checkpoints")
         if not there: return f"No checkpoint was saved before: start again in another run_dir with a {cure}."
         *older, newest = there
-        before = f" If that stops as well, delete {there[newest]}: it then continues after step {older[-1]}." if older else ""
-        return f"The newest checkpoint is of step {newest}, from before: continue it with a {cure}.{before}"
+        after_that = f"delete {there[newest]}: it then continues after step {older[-1]}" if older else "start again in another run_dir"
+        return f"The newest checkpoint is of step {newest}: continue it with a {cure}. If that stops as well, {after_that}."
 
     # -- what people see
     def _metrics(self, rollout, table, adv: Advantages, own_B: torch.Tensor, stats: dict, clock: dict) -> dict:
