@@ -149,7 +149,8 @@ def run_suites(
     screen, out = screen or Screen(False), {}
     suites = [load_suite(name, cfg.prompts) for name in cfg.suites]           # a misspelt name is found before any work
     for suite in suites:
-        start, vote = time.monotonic(), _voting(crew, asked, math.ceil(len(suite.prompts) / cfg.batch), f"in the test '{title}', suite {suite.name}; what was finished is saved")
+        start, batches = time.monotonic(), math.ceil(len(suite.prompts) / cfg.batch)
+        vote = _voting(crew, asked, batches, f"in the test '{title}', suite {suite.name}; what was finished is saved")
         vote()
         with screen.bar(f"{title}: {suite.name}") as track:
             r = out[suite.name] = evaluate(policy, suite, cfg=cfg.cfg, temperature=cfg.temperature, seed=seed, batch=cfg.batch,
@@ -502,7 +503,9 @@ def _run_one(cfg: Config, resume: bool, prompts: list | None, rewards: list | No
     if trainer.done < cfg.steps and engine.main: _forget_results(log.dir)
     with screen.training(cfg.steps) as show:
         try: arrived = trainer.run(show, asked)
-        except NotFinite as e: raise UserError(f"{e}\n  {resume_command(cfg, f'optimizer.lr={cfg.optimizer.lr / 10:g}')}" if checkpoints(log.dir/"checkpoints") else str(e)) from None
+        except NotFinite as e:
+            on = f"\n  {resume_command(cfg, f'optimizer.lr={cfg.optimizer.lr / 10:g}')}" if checkpoints(log.dir/"checkpoints") else ""
+            raise UserError(f"{e}{on}") from None
     if not arrived: raise Stopped(f"after step {trainer.done}; everything is saved")
     _save_policy(engine, log.dir/"policy")
     after = test("after")
@@ -544,9 +547,10 @@ def _run_stages(cfg: Config, resume: bool, prompts: list | None, rewards: list |
     max_text = max(c.rollout.max_text for _, c in plan if c)
     crew, run_dir = Crew(cfg.engine.timeout), Path(cfg.run_dir)
     there = lambda path: crew.any(crew.main and path.exists())
-    test = lambda log, name, title, policy: tested(log, name, lambda: contextlib.nullcontext(policy()), cfg.evaluate, crew, title, seed=cfg.seed, max_text=max_text, screen=screen, asked=asked)
+    how = dict(seed=cfg.seed, max_text=max_text, screen=screen, asked=asked)
+    test = lambda log, name, title, policy: tested(log, name, lambda: contextlib.nullcontext(policy()), cfg.evaluate, crew, title, **how)
     found = read_verdicts(run_dir, "before") if crew.main else None
-    base = None if crew.any(found is not None and all(s in found for s in cfg.evaluate.suites)) else load_policy(cfg.policy)     # what is wrong with it is said before there is a log
+    base = None if crew.any(found is not None and all(s in found for s in cfg.evaluate.suites)) else load_policy(cfg.policy)     # before there is a log
     log = RunLog(cfg.run_dir, resume) if crew.main else Onlooker(run_dir)
     if crew.main: write_aside(log.dir/"config.yaml", to_yaml(cfg))
     if base: test(log, "before", "before", lambda: base)
