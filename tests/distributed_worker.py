@@ -44,11 +44,13 @@ def say_where_it_goes_on() -> None:
 def accident(rank: int, step: int, where: str, how: str) -> None:
     "Let process `rank` meet its fate in `step` (the steps before it are finished) inside the trainer's method `where`."
     if ranks()[0] != rank: return
+    if where == "evaluate": return told_in_a_test(step)
     inner = getattr(loop.Trainer, where)
     def outer(trainer, *args, **kw):
         if trainer.done != step: return inner(trainer, *args, **kw)
         if how == "kill": os.kill(os.getpid(), signal.SIGKILL)
         if how == "term": os.kill(os.getpid(), signal.SIGTERM)
+        if how == "group": os.kill(os.getpid(), signal.SIGTERM), os.kill(os.getppid(), signal.SIGTERM), time.sleep(2)       # as node.sh does, and torchrun, which tells all processes
         if how == "raise": raise UserError("the scorer's disk is gone")
         if how == "full": checkpoint.write_file = half_a_file
         if how == "nan":
@@ -59,6 +61,16 @@ def accident(rank: int, step: int, where: str, how: str) -> None:
     setattr(loop.Trainer, where, outer)
 
 
+def told_in_a_test(number: int) -> None:
+    "SIGTERM in the suite of that number, before its first batch."
+    inner, suites = runs.evaluate, []
+    def outer(*args, **kw):
+        suites.append(1)
+        if len(suites) == number: os.kill(os.getpid(), signal.SIGTERM)
+        return inner(*args, **kw)
+    runs.evaluate = outer
+
+
 def main() -> int:
     with open(sys.argv[1]) as f: work = json.load(f)
     if "accident" in work: accident(**work["accident"])
@@ -66,7 +78,7 @@ def main() -> int:
     lighten(setattr)
     code = 0
     for run in work["runs"]:
-        try: runs.train(progress=False, **run)
+        try: runs.train(**dict(progress=False) | run)
         except UserError as e:
             print(f"process {ranks()[0]}: {e}", file=sys.stderr)
             code = 2

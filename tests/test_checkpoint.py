@@ -8,6 +8,8 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +100,35 @@ def test_shards_cover_everything(tmp_path, monkeypatch):
     assert len(list(path.glob("tensors-*.safetensors"))) > 3
     back = load_checkpoint(tmp_path)[1]
     assert all(torch.equal(back[k], v) for k, v in obj.items()) and list(back) == list(obj)
+
+def test_files_are_written_and_read_some_at_a_time(tmp_path, monkeypatch):
+    "Several at once, and never more than THREADS files' bytes beside the tensors."
+    real, read, parse, write, held, lock = C.shards, C.read_file, C.tensors_from_bytes, C.write_file, [0, 0, set()], threading.Lock()
+    monkeypatch.setattr(C, "shards", lambda tensors: real(tensors, size=100))
+    def count(n):
+        with lock: held[0] += n; held[1] = max(held[1], held[0])
+    def reading(path, entry, deep=True):
+        if path.suffix == ".safetensors": count(1); time.sleep(.01)
+        return read(path, entry, deep)
+    def writing(path, data):
+        held[2].add(threading.get_ident()); time.sleep(.01)
+        return write(path, data)
+    obj = {f"w{i}": torch.arange(99.) + i for i in range(12)}
+    monkeypatch.setattr(C, "write_file", writing)
+    path = save_checkpoint(tmp_path, 1, obj)
+    monkeypatch.setattr(C, "read_file", reading)
+    monkeypatch.setattr(C, "tensors_from_bytes", lambda raw: (parse(raw), count(-1))[0])
+    back = C.read_state(path)[1]
+    assert list(back) == list(obj) and all(torch.equal(back[k], v) for k, v in obj.items())
+    assert 1 < held[1] <= C.THREADS and 1 < len(held[2]) <= C.THREADS + 1
+
+def test_after_a_mistake_no_further_file_is_begun(monkeypatch):
+    begun = []
+    def work(i):
+        begun.append(i); time.sleep(.01)
+        if i == 1: raise OSError("full")
+    with pytest.raises(OSError, match="full"): C.each(work, range(100))
+    assert len(begun) < 20
 
 
 # -- random streams ------------------------------------------------------------------------------------------------

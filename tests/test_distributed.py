@@ -9,12 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from distributed_worker import lighten
 
 from unify_rl.core import Prompt
 from unify_rl.data.pairs import PairSettings, build_pairs
 from unify_rl.run import train
-from unify_rl.train.checkpoint import checkpoints, problem
+from unify_rl.train.checkpoint import checkpoints, load_checkpoint, problem
 from unify_rl.train.runlog import read_metrics
 from unify_rl.world.scenes import COLORS, SHAPES, Thing, World, render
 
@@ -26,14 +27,14 @@ LVRPO = ["rollout.prompts=6", "rollout.group_size=2", "rollout.max_text=8", "eva
 
 
 def launch(tmp: Path, runs: list, processes: int = 2, timeout: float = 1750, **more) -> tuple[int, str, float]:
-    "torchrun of the worker: (exit code, stderr, seconds)."
+    "torchrun of the worker: (exit code, what was said, seconds)."
     spec, start = tmp/f"work-{time.monotonic_ns()}.json", time.monotonic()
     spec.write_text(json.dumps(dict(runs=runs, **more)))
     port = 20000 + os.getpid() % 20000
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(port),
                            str(Path(__file__).parent/"distributed_worker.py"), str(spec)],
                           capture_output=True, text=True, timeout=timeout, env=os.environ | dict(OMP_NUM_THREADS="1"))
-    return done.returncode, done.stderr, time.monotonic() - start
+    return done.returncode, done.stderr + done.stdout, time.monotonic() - start
 
 
 def run(folder: Path, *settings: str, recipe: str = "grpo", policy: str = "tiny-janus", resume: bool = False) -> dict:
@@ -152,6 +153,18 @@ def test_the_policy_is_written_in_its_own_layout(runs, engine):
     assert max(float((one[k].float() - two[k].float()).abs().max()) for k in one) < 1e-5
 
 
+@pytest.mark.parametrize("zero", ["2", "3"])
+def test_the_written_policy_is_what_the_optimizer_works_on(tmp_path, zero):
+    "ZeRO computes with copies of 16 bits; a learning rate whose work is below their last digit is in the written policy, as it is in the checkpoint. And no library warns of its future."
+    from safetensors.torch import load_file
+    code, err, _ = launch(tmp_path, [run(tmp_path/"a", "steps=1", "optimizer.lr=1e-6", "model.precision=bf16", ENGINES[zero], "evaluate.suites=[shapes-qa]", "evaluate.prompts=4")])
+    assert code == 0 and "FutureWarning" not in err, err[-3000:]
+    _, state, _ = load_checkpoint(tmp_path/"a"/"checkpoints")
+    written = load_file(tmp_path/"a"/"policy"/"model.safetensors")
+    same = [torch.equal(written[k], w) for name, w in state["params"].items() if (k := name.removeprefix("model.")) in written]
+    assert len(same) > 10 and all(same)
+
+
 # -- a test before and after, and pairs
 TESTED = ["evaluate.suites=[shapes-geneval, shapes-qa]", "evaluate.prompts=12", "evaluate.batch=5", "steps=1"]
 PAIRED = ["rollout.prompts=8", "evaluate.suites=[]", "optimizer.schedule=constant", "rollout.max_text=12", "rollout.group_size=4", "steps=2", "rewards=[{name: accuracy, weight: 1.0}, {name: hps, weight: 1.0}]"]
@@ -230,6 +243,36 @@ def test_a_signal_to_one_process_stops_all_and_saves(base, tmp_path):
     assert code == 0, err[-3000:]
     assert list(checkpoints(tmp_path/"a"/"checkpoints")) == [2] and len(numbers(tmp_path/"a")) == 2 and not (tmp_path/"a"/"summary.json").exists()
     assert healed(tmp_path) == numbers(base/"janus-0")
+
+
+def test_a_signal_to_the_whole_group_stops_all_and_saves(base, tmp_path):
+    "As a queue sends it: a process is told, and torchrun, which tells all processes."
+    launch(tmp_path, [run(tmp_path/"a", "checkpoint.every=0")], accident=dict(rank=1, step=1, where="_update", how="group"))
+    assert list(checkpoints(tmp_path/"a"/"checkpoints")) == [2] and len(numbers(tmp_path/"a")) == 2
+    assert healed(tmp_path) == numbers(base/"janus-0")
+
+
+def test_a_signal_to_one_process_after_the_vote_counts_in_the_next(base, tmp_path):
+    "While a checkpoint is saved: the process does not leave alone, and both stop after the next step."
+    code, err, _ = launch(tmp_path, [run(tmp_path/"a")], timeout=400, accident=dict(rank=1, step=1, where="save", how="term"))
+    assert code == 0, err[-3000:]
+    assert list(checkpoints(tmp_path/"a"/"checkpoints")) == [1, 2] and len(numbers(tmp_path/"a")) == 2
+    assert healed(tmp_path) == numbers(base/"janus-0")
+
+
+@pytest.mark.parametrize("engine", ["0", "fsdp"])
+def test_a_signal_to_one_process_in_a_test_stops_all_and_keeps_the_suites_that_are_done(further, tmp_path, engine):
+    "In the second suite of the test before: no process is left waiting, one of them says how to continue, and nothing is tested twice."
+    more = ["engine.gather=layer"] * (engine == "fsdp")
+    code, err, _ = launch(tmp_path, [run(tmp_path/"a", *TESTED, ENGINES[engine], *more) | dict(progress=True)], accident=dict(rank=1, step=2, where="evaluate", how="term"))
+    assert code == 0 and "Traceback" not in err, err[-3000:]
+    assert list(verdicts(tmp_path/"a", "before")) == ["shapes-geneval"] and not numbers(tmp_path/"a")
+    assert err.count("stopped in the test 'before', suite shapes-qa; what was finished is saved. Continue with") == 1
+    assert f"\n  torchrun --nproc_per_node 2 -m unify_rl train grpo --resume run_dir={tmp_path/'a'}\n" in err and err.count("--resume") == 1
+    kept = (tmp_path/"a"/"eval"/"before.json").read_bytes()
+    healed(tmp_path, *TESTED, ENGINES[engine], *more)
+    assert kept[:-1] == (tmp_path/"a"/"eval"/"before.json").read_bytes()[:len(kept) - 1]
+    for name in ("before", "after"): assert verdicts(tmp_path/"a", name) == verdicts(further/"tested-two", name)
 
 
 def test_a_disk_that_is_full_ends_all_and_costs_no_checkpoint(base, tmp_path):

@@ -5,8 +5,13 @@ The policy is a Janus with random weights and one layer; a reward on plain pixel
 import contextlib
 import io
 import json
+import os
 import shutil
 import signal
+import socket
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -362,6 +367,12 @@ def test_interrupted_in_the_first_test_and_resumed(tiny, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt, match="--resume"): go(tiny, tmp_path/"b")
     assert_same_run(go(tiny, tmp_path/"a"), go(tiny, tmp_path/"b", resume=True))
 
+def test_interrupted_while_it_loads_there_is_nothing_to_continue(tiny, tmp_path, monkeypatch):
+    def stop(*args): signal.raise_signal(signal.SIGTERM)
+    monkeypatch.setattr(R, "load_policy", stop)
+    with pytest.raises(KeyboardInterrupt, match="before there was anything to save"): go(tiny, tmp_path/"runs"/"b")
+    assert not (tmp_path/"runs").exists()
+
 def test_interrupted_in_the_last_test_and_resumed(tiny, tmp_path, monkeypatch, finished):
     real, calls = R.evaluate, []
     def stop(*args, **kwargs):
@@ -373,6 +384,116 @@ def test_interrupted_in_the_last_test_and_resumed(tiny, tmp_path, monkeypatch, f
         with pytest.raises(KeyboardInterrupt): go(tiny, tmp_path/"b", **{"log.groups_every": 2})
     assert not Run(tmp_path/"b").finished
     assert_same_run(finished, go(tiny, tmp_path/"b", resume=True))
+
+def test_interrupted_between_two_suites_nothing_is_tested_twice(tiny, tmp_path, monkeypatch, finished):
+    real, calls = R.evaluate, []
+    def stop(policy, suite, **kwargs):
+        if len(calls) == 1: raise KeyboardInterrupt
+        calls.append(suite.name)
+        return real(policy, suite, **kwargs)
+    with monkeypatch.context() as m:
+        m.setattr(R, "evaluate", stop)
+        with pytest.raises(KeyboardInterrupt): go(tiny, tmp_path/"b", **{"log.groups_every": 2})
+    again = []
+    monkeypatch.setattr(R, "evaluate", lambda policy, suite, **kwargs: (again.append(suite.name), real(policy, suite, **kwargs))[1])
+    b = go(tiny, tmp_path/"b", resume=True)
+    suites = finished.config.evaluate.suites
+    assert calls == suites[:1] and again == suites[1:] + suites
+    assert_same_run(finished, b)
+    samples = lambda run: {p.name: p.read_bytes() for p in (run.dir/"eval"/"before").iterdir()}
+    assert samples(finished) == samples(b)                                      # pictures too
+
+def test_a_signal_that_comes_three_times_is_one_wish(tiny, tmp_path, capsys):
+    "A cluster's SIGTERM reaches a process from the queue, the node's script and torchrun; Ctrl-C from the terminal and torchrun."
+    for numbers in ([signal.SIGTERM] * 3, [signal.SIGINT] * 2, [signal.SIGINT, signal.SIGTERM]):
+        folder = tmp_path/f"{numbers[0].name}-{len(numbers)}-{len(set(numbers))}"
+        def judge(prompts_B, rollout):
+            for n in numbers: signal.raise_signal(n)
+            return redness(prompts_B, rollout)
+        b = go(tiny, folder, rewards=[Reward("redness", judge, ("generate",)), (wordy, 0.1)], **{"checkpoint.every": 0})
+        assert list(checkpoints(b.dir/"checkpoints")) == [1] and not b.finished
+
+def test_ctrl_c_again_after_a_while_interrupts_at_once(tiny, tmp_path):
+    def judge(prompts_B, rollout):
+        signal.raise_signal(signal.SIGINT); time.sleep(1.1); signal.raise_signal(signal.SIGTERM); signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt, match="--resume"): go(tiny, tmp_path/"b", rewards=[Reward("redness", judge, ("generate",)), (wordy, 0.1)])
+    assert not checkpoints(tmp_path/"b"/"checkpoints")
+
+def test_sigterm_twice_outside_of_training_still_says_how_to_continue(tiny, tmp_path, monkeypatch):
+    real = R.resume_command
+    def again(*args): signal.raise_signal(signal.SIGTERM); return real(*args)
+    monkeypatch.setattr(R, "resume_command", again)                             # the second arrives while the command is made
+    monkeypatch.setattr(R, "evaluate", lambda *a, **k: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(KeyboardInterrupt, match="--resume"): go(tiny, tmp_path/"b")
+    assert signal.getsignal(signal.SIGTERM) == BEFORE[1]
+
+def breaking(trainer_step):
+    "`Trainer.step` with parameters that are ruined after the third."
+    def step(trainer):
+        metrics = trainer_step(trainer)
+        if trainer.done == 3:
+            for p in trainer.engine.trained.values(): p.data.fill_(1e30)
+        return metrics
+    return step
+
+def test_a_run_that_breaks_keeps_what_was_saved_before_and_is_healed_by_a_lower_learning_rate(tiny, tmp_path, monkeypatch):
+    with monkeypatch.context() as m:
+        m.setattr(R.Trainer, "step", breaking(R.Trainer.step))
+        with pytest.raises(UserError) as e: go(tiny, tmp_path/"b", steps=30, **{"checkpoint.every": 1, "log.groups_every": 0})
+    assert list(checkpoints(tmp_path/"b"/"checkpoints")) == [2, 3] and all(m["steps/skipped"] for m in read_metrics(tmp_path/"b")[3:])
+    said, broken = str(e.value), checkpoints(tmp_path/"b"/"checkpoints")[3]
+    assert "newest checkpoint is of step 3" in said and f"delete {broken}: it then continues after step 2" in said
+    assert said.endswith(f"unify_rl train grpo --resume run_dir={tmp_path/'b'} optimizer.lr=0.0001")
+    shutil.rmtree(broken)
+    b = go(tiny, tmp_path/"b", resume=True, steps=4, **{"optimizer.lr": 1e-4, "checkpoint.every": 1})
+    assert b.finished and [m["lr"] for m in read_metrics(b.dir)][1:] != [1e-3] * 3 and [m["steps/skipped"] for m in read_metrics(b.dir)] == [0] * 4
+
+def test_while_steps_are_skipped_nothing_is_rotated_and_a_resumed_run_counts_from_zero(tiny, tmp_path, monkeypatch):
+    "Stopped by a signal in the fifth skipped step: its checkpoint is beside the two before; continued, ten more are given."
+    step, monkey = R.Trainer.step, breaking(R.Trainer.step)
+    def stopping(trainer):
+        if trainer.skipped == 4: signal.raise_signal(signal.SIGTERM)
+        return monkey(trainer)
+    with monkeypatch.context() as m:
+        m.setattr(R.Trainer, "step", stopping)
+        go(tiny, tmp_path/"b", steps=30, **{"checkpoint.every": 1, "log.groups_every": 0})
+    assert list(checkpoints(tmp_path/"b"/"checkpoints")) == [2, 3, 8]
+    with pytest.raises(UserError, match="newest checkpoint is of step 8"): go(tiny, tmp_path/"b", resume=True, steps=30)
+    assert len(read_metrics(tmp_path/"b")) == 17                                # the tenth skipped step is not logged
+
+def test_a_run_that_breaks_before_the_first_checkpoint_says_so(tiny, tmp_path):
+    with pytest.raises(UserError, match="No checkpoint was saved before: start again in another run_dir with a lower optimizer.lr"):
+        go(tiny, tmp_path/"b", steps=30, **{"optimizer.lr": 1e30, "checkpoint.every": 0, "log.groups_every": 0})
+    with pytest.raises(UserError, match="newest checkpoint is of step 1: .*If that stops as well, start again in another run_dir"):
+        go(tiny, tmp_path/"c", steps=30, **{"optimizer.lr": 1e30, "checkpoint.every": 1, "log.groups_every": 0})
+
+def test_a_second_start_on_one_folder_is_refused_and_harms_nothing(tiny, tmp_path, finished):
+    refused = []
+    def judge(prompts_B, rollout):
+        if not refused:
+            for resume in (True, False):
+                code = f"from unify_rl.run import train; train('grpo', run_dir={str(tmp_path/'b')!r}, resume={resume}, progress=False)"
+                refused.append(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr)
+        return redness(prompts_B, rollout)
+    b = go(tiny, tmp_path/"b", rewards=[Reward("redness", judge, ("generate",)), (wordy, 0.1)], **{"log.groups_every": 2})
+    for said in refused: assert f"UserError: {tmp_path/'b'} is in use: process {os.getpid()} on {socket.gethostname()}, since" in said, said
+    assert_same_run(finished, b)
+    assert not (b.dir/".lock").exists()
+
+def test_how_a_run_is_continued_depends_on_how_it_was_started(tiny, tmp_path, monkeypatch):
+    cfg = load_config("grpo", overrides=[f"run_dir={tmp_path}/my run"])
+    alone = f"train grpo --resume 'run_dir={tmp_path}/my run'"
+    assert resume_command(cfg, "steps=9") == f"unify_rl {alone} steps=9"
+    for k, v in dict(RANK=3, WORLD_SIZE=8, LOCAL_WORLD_SIZE=8).items(): monkeypatch.setenv(k, str(v))
+    assert resume_command(cfg) == f"torchrun --nproc_per_node 8 -m unify_rl {alone}"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert resume_command(cfg) == f"torchrun --nnodes 2 --rdzv_backend c10d --rdzv_endpoint HEAD:29500 --nproc_per_node 4 -m unify_rl {alone}"
+    monkeypatch.setenv("WORLD_SIZE", "1"); monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert resume_command(cfg) == f"unify_rl {alone}"
+    assert resume_command(load_config("grpo", overrides=[f"run_dir={tmp_path}/my run", "engine.fsdp=true"])) == f"torchrun --nproc_per_node 1 -m unify_rl {alone}"
+    (tmp_path/"my run"/"launch").mkdir(parents=True)
+    (tmp_path/"my run"/"launch"/"job.json").write_text(json.dumps(dict(recipe="grpo", gpus=8, nodes=2, zero=2)))
+    assert resume_command(cfg, "steps=9").startswith("unify_rl launch grpo --gpus 8 --nodes 2 --zero 2 --resume") and resume_command(cfg, "steps=9").endswith(" steps=9")
 
 def test_resuming_a_finished_run_makes_only_what_is_missing(tiny, tmp_path, finished):
     shutil.copytree(finished.dir, tmp_path/"run")
@@ -393,8 +514,8 @@ def test_training_on_is_a_longer_run(tiny, tmp_path, finished):
 
 def test_resuming_refuses_other_settings_by_name(tiny, finished):
     before = (finished.dir/"config.yaml").read_bytes()
-    with pytest.raises(UserError, match=r"seed: 1 -> 2; .*optimizer.lr: 0.001 -> 0.1"):
-        go(tiny, finished.dir, resume=True, seed=2, **{"optimizer.lr": 0.1})
+    with pytest.raises(UserError, match=r"seed: 1 -> 2; .*optimizer.warmup: 0 -> 1"):
+        go(tiny, finished.dir, resume=True, seed=2, **{"optimizer.warmup": 1, "optimizer.lr": 0.1})
     with pytest.raises(UserError, match="redness"): go(tiny, finished.dir, resume=True, rewards=[redness, wordy])  # other weights
     with pytest.raises(UserError, match="data.source"): go(tiny, finished.dir, resume=True, prompts=PROMPTS[1:])
     with pytest.raises(UserError, match="policy: .* -> 'tiny-janus'"):

@@ -3,6 +3,7 @@ import errno
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
 import textwrap
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from unify_rl.core import UserError
-from unify_rl.train.runlog import (RunLog, logged_steps, picture_path, read_groups, read_metrics, read_samples, read_summary,
+from unify_rl.train.runlog import (RunLog, held, logged_steps, picture_path, read_groups, read_metrics, read_samples, read_summary,
                                    write_summary)
 
 
@@ -56,6 +57,46 @@ def test_a_folder_without_permission_is_a_user_error(tmp_path, monkeypatch):
     def refuse(*a, **k): raise PermissionError(errno.EACCES, "Permission denied")
     monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(UserError, match="cannot write .*Permission denied"): RunLog(tmp_path/"run")
+
+
+# -- one writer ------------------------------------------------------------------------------------------------------
+
+def holder(folder):
+    "Another process that holds the folder until it is killed."
+    code = f"import time; from unify_rl.train.runlog import held\nwith held({str(folder)!r}): print('held', flush=True); time.sleep(600)"
+    p = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert p.stdout.readline() == "held\n"
+    return p
+
+def test_a_held_folder_is_refused_by_name_and_free_when_its_process_is_killed(tmp_path):
+    other = holder(tmp_path/"run")
+    with pytest.raises(UserError, match=rf"in use: process {other.pid} on {socket.gethostname()}, since 20..-..-.. ..:..:.., writes into it.*run_dir"):
+        with held(tmp_path/"run"): pass
+    other.kill(); other.wait()
+    with held(tmp_path/"run"): RunLog(tmp_path/"run")
+    assert (tmp_path/"run"/"metrics.jsonl").exists() and not (tmp_path/"run"/".lock").exists()
+
+def test_a_folder_is_let_go_after_a_mistake_and_an_interrupt(tmp_path):
+    for mistake in (UserError("no"), KeyboardInterrupt()):
+        with pytest.raises(type(mistake)):
+            with held(tmp_path/"a"/"run"): raise mistake
+        assert list(tmp_path.iterdir()) == []
+    with held(tmp_path/"a"), held(tmp_path/"a"/"stage"): pass
+
+def test_without_locks_a_run_goes_on(tmp_path, monkeypatch):
+    import fcntl
+    def none(*_): raise OSError(errno.ENOLCK, "No locks available")
+    with monkeypatch.context() as m:
+        m.setattr(fcntl, "flock", none)
+        with held(tmp_path/"run"), held(tmp_path/"run"): pass
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    with held(tmp_path/"run"), held(tmp_path/"run"): pass
+
+def test_a_folder_that_cannot_be_made_is_a_user_error(tmp_path):
+    (tmp_path/"file").write_text("in the way")
+    for folder in (tmp_path/"file", tmp_path/"file"/"deeper"):
+        with pytest.raises(UserError, match="cannot write .*run_dir"):
+            with held(folder): pass
 
 
 # -- metrics -------------------------------------------------------------------------------------------------------

@@ -57,8 +57,8 @@ def test_the_whole_run(tiny, tmp_path, monkeypatch):
     assert Run(run.dir/"last").summary["steps"] == 1 and Run(run.dir/"last").steps and (run.dir/"report.html").stat().st_size > 1000
 
 
-def test_stopped_in_the_second_stage_and_continued(tiny, tmp_path, monkeypatch):
-    "Nothing finished is done again, and the end is the same to the last bit."
+def test_stopped_in_the_second_stage_and_continued(tiny, tmp_path, monkeypatch, capsys):
+    "Nothing finished is done again, and the end is the same to the last bit. What is said continues the whole, not the stage."
     recipe(monkeypatch, tmp_path, PLAN)
     whole = train("staged", tiny, run_dir=tmp_path/"whole", progress=False)
     log, calls = R.RunLog.log, []
@@ -67,8 +67,10 @@ def test_stopped_in_the_second_stage_and_continued(tiny, tmp_path, monkeypatch):
         calls.append((self.dir.name, step))
         if calls[-1] == ("others", 1): signal.raise_signal(signal.SIGTERM)
     monkeypatch.setattr(R.RunLog, "log", stop)
-    stopped = train("staged", tiny, run_dir=tmp_path/"cut", progress=False)
-    assert not stopped.finished and calls[-1] == ("others", 1)
+    stopped = train("staged", tiny, run_dir=tmp_path/"cut")
+    said = capsys.readouterr().out.partition("stopped after step 1")[2]
+    assert said.endswith(f"everything is saved. Continue with\n  unify_rl train staged --resume run_dir={tmp_path/'cut'}\n")
+    assert not stopped.finished and calls[-1] == ("others", 1) and not list(stopped.dir.rglob(".lock"))
     calls.clear()
     again = train("staged", run_dir=tmp_path/"cut", resume=True, progress=False)
     assert again.finished and calls[0] == ("others", 2) and torch.equal(weights(again.dir/"policy"), weights(whole.dir/"policy"))

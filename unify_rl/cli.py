@@ -320,9 +320,10 @@ def parser() -> Parser:
 def train(args) -> int:
     "`unify_rl train`"
     from unify_rl.run import resume_command, train as start
+    from unify_rl.train.engine import is_main
     run = start(args.recipe, args.policy, config_file=args.config, resume=args.resume, progress=not args.quiet,
                 overrides=args.settings)
-    if args.quiet: print(run.dir/"report.html" if run.finished else f"stopped; continue with\n  {resume_command(run.config)}")
+    if args.quiet and is_main(): print(run.dir/"report.html" if run.finished else f"stopped; continue with\n  {resume_command(run.config)}")
     return 0 if run.finished else 130
 
 def evaluate(args) -> None:
@@ -554,5 +555,5 @@ def main(
         return 2
     except KeyboardInterrupt as e:
         if args.debug: raise
-        print(e if str(e) else "interrupted", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0": print(e if str(e) else "interrupted", file=sys.stderr)          # one of several processes says it
         return 130

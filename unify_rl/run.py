@@ -8,10 +8,13 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
+import os
 import shlex
 import shutil
 import signal
 import time
+import warnings
 from collections import deque
 from copy import copy
 from dataclasses import asdict, dataclass, is_dataclass, replace
@@ -33,16 +36,17 @@ from .rewards.server import CLIENT
 from .rewards.verifiable import build_rewards, check_prompts
 from .train.checkpoint import checkpoints
 from .train.config import Config, EvaluateConfig, RewardConfig, StageConfig, apply_overrides, from_dict, leaves, load_config, merge, read_layer, to_yaml
-from .train.engine import Crew, is_main
-from .train.loop import Trainer
+from .train.engine import Crew, Engine, is_main, ranks
+from .train.launch import continue_command
+from .train.loop import NotFinite, Trainer, stop_on_signal
 from .train.merge import merge_policies
-from .train.runlog import (RunLog, logged_steps, picture_path, read_groups, read_metrics, read_samples, read_summary, run_folder, write_aside,
+from .train.runlog import (RunLog, held, logged_steps, picture_path, read_groups, read_metrics, read_samples, read_summary, run_folder, write_aside,
                                    write_summary)
 
 # %% auto #0
-__all__ = ['SHOWN', 'MAY_CHANGE', 'RESULTS', 'OF_THE_RUN', 'clock', 'pick', 'line', 'board', 'Screen', 'run_suites',
-           'read_verdicts', 'write_verdicts', 'take_verdicts', 'Run', 'saved_config', 'as_overrides', 'changes',
-           'resumed_config', 'resume_command', 'own_settings', 'unweighted', 'Onlooker', 'quiet', 'train',
+__all__ = ['SHOWN', 'MAY_CHANGE', 'RESULTS', 'OF_THE_RUN', 'clock', 'pick', 'line', 'board', 'Screen', 'Stopped', 'run_suites',
+           'tested', 'read_verdicts', 'write_verdicts', 'take_verdicts', 'Run', 'saved_config', 'as_overrides',
+           'changes', 'resumed_config', 'resume_command', 'own_settings', 'unweighted', 'Onlooker', 'quiet', 'train',
            'stage_configs', 'stage_starts']
 
 # %% ../nbs/75_run.ipynb #words
@@ -128,6 +132,9 @@ class Screen:
             yield show
 
 # %% ../nbs/75_run.ipynb #test
+class Stopped(Exception):
+    "A signal has asked the run to stop, and it did in good order; the message says where."
+
 def run_suites(
     policy: Policy,
     cfg: EvaluateConfig,
@@ -136,19 +143,50 @@ def run_suites(
     screen: Screen | None = None,
     title: str = "test",
     crew: Crew | None = None,           # processes that share the work; all get the whole result
+    asked: Callable[[], bool] | None = None,    # has a signal asked this process of the crew to stop? None: they do not vote
 ) -> dict[str, Result]:                 # suite -> result
     "Test a policy on the suites of a configuration."
     screen, out = screen or Screen(False), {}
     suites = [load_suite(name, cfg.prompts) for name in cfg.suites]           # a misspelt name is found before any work
     for suite in suites:
-        start = time.monotonic()
+        start, batches = time.monotonic(), math.ceil(len(suite.prompts) / cfg.batch)
+        vote = _voting(crew, asked, batches, f"in the test '{title}', suite {suite.name}; what was finished is saved")
+        vote()
         with screen.bar(f"{title}: {suite.name}") as track:
             r = out[suite.name] = evaluate(policy, suite, cfg=cfg.cfg, temperature=cfg.temperature, seed=seed, batch=cfg.batch,
-                                           max_text=max_text, drawing=cfg.drawing, progress=track, share=(crew.rank, crew.ranks) if crew else (0, 1))
+                                           max_text=max_text, drawing=cfg.drawing, progress=lambda *at: (track(*at), vote()), share=(crew.rank, crew.ranks) if crew else (0, 1))
             if crew and crew.ranks > 1: r = out[suite.name] = replace(joined([Result.from_json(t) for t in crew.share_text(r.to_json())]), pictures=r.pictures)
         score = f"{r.overall:.3f} on {len(r.rows)} prompts, {clock(time.monotonic() - start)}"
         screen.say(f"{title}: {suite.name} {score if r.supported else f'left out: {r.why}'}")
     return out
+
+def _voting(crew: Crew | None, asked: Callable[[], bool] | None, batches: int, where: str) -> Callable:
+    "A function for before the first of a suite's batches and after each: all processes vote as often as one of them has batches, and leave together."
+    left = iter(range(math.ceil(batches / crew.ranks) if crew and asked else 0))
+    def vote():
+        if next(left, None) is not None and crew.any(asked()): raise Stopped(where)
+    return vote
+
+def tested(
+    log: RunLog | Onlooker,
+    name: str,                      # 'before' or 'after'
+    opened: Callable,               # gives a context with the policy, which all processes open together
+    cfg: EvaluateConfig,
+    crew: Crew,
+    title: str = "",
+    **how: Any,                     # of `run_suites`
+) -> dict[str, Result]:             # suite -> result; on the first process
+    "The verdicts of a test: those that are there, and the rest made by all processes together, each suite's kept as soon as it is judged."
+    found = read_verdicts(log.dir, name) if crew.main else None
+    if crew.main and found is None: write_verdicts(log, name, {})
+    left = json.loads(crew.share_text(json.dumps([s for s in cfg.suites if s not in (found or {})]))[0])
+    if not left: return found or {}
+    made = _with_pictures(log.dir, name, found) if found else {}
+    with opened() as policy:
+        for suite in left:
+            made |= run_suites(policy, replace(cfg, suites=[suite]), title=title or name, crew=crew, **how)
+            if crew.main: write_verdicts(log, name, made)
+    return made
 
 def read_verdicts(run_dir: Path, name: str) -> dict[str, Result] | None:
     "The results of the test 'before' or 'after', if they are there."
@@ -166,9 +204,14 @@ def write_verdicts(log: RunLog, name: str, results: dict[str, Result]) -> None:
 
 def take_verdicts(log: RunLog, name: str, folder: Path, its: str) -> None:
     "Take what another run's test `its` has found as this run's test `name`."
-    rows = read_samples(folder, its)
-    log.log_samples(name, rows, [np.asarray(Image.open(picture_path(folder, r["image"]))) if r["image"] else None for r in rows])
-    write_aside(log.dir/"eval"/f"{name}.json", (folder/"eval"/f"{its}.json").read_bytes())
+    write_verdicts(log, name, _with_pictures(folder, its, read_verdicts(folder, its)))
+
+def _with_pictures(folder: Path, name: str, results: dict[str, Result]) -> dict[str, Result]:
+    "The results, with the pictures that were kept of them."
+    at = {suite: {row["id"]: i for i, row in enumerate(r.rows)} for suite, r in results.items()}
+    for r in read_samples(folder, name):
+        results[r["suite"]].pictures[at[r["suite"]][r["prompt_id"]]] = np.asarray(Image.open(picture_path(folder, r["image"]))) if r["image"] else None
+    return results
 
 # %% ../nbs/75_run.ipynb #run
 class Run:
@@ -233,7 +276,7 @@ def as_overrides(
     return out
 
 # %% ../nbs/75_run.ipynb #resume
-MAY_CHANGE = ("steps", "run_dir", "threads", "log.", "checkpoint.", "engine.")
+MAY_CHANGE = ("steps", "run_dir", "threads", "log.", "checkpoint.", "engine.", "optimizer.lr", "model.precision")
 
 def changes(a: Config, b: Config) -> list[str]:
     "The settings that differ, as 'key: a -> b'."
@@ -263,9 +306,18 @@ def resumed_config(
                         f"new run in another run_dir. What may change: {', '.join(k.rstrip('.') for k in MAY_CHANGE)}")
     return now
 
-def resume_command(cfg: Config) -> str:
-    "The exact command that continues a run."
-    return f"unify_rl train {shlex.quote(cfg.recipe)} --resume {shlex.quote(f'run_dir={cfg.run_dir}')}"
+def resume_command(cfg: Config, *settings: str) -> str:
+    "The exact command that continues a run as it was started: by the launcher, by torchrun, or alone."
+    train = shlex.join(["train", cfg.recipe, "--resume", f"run_dir={cfg.run_dir}"])
+    return " ".join([continue_command(cfg.run_dir) or f"{_starter(cfg)} {train}", *map(shlex.quote, settings)])
+
+def _starter(cfg: Config) -> str:
+    "What starts as many processes as there are now."
+    n = ranks()[1]
+    if n == 1 and not ("RANK" in os.environ and (cfg.engine.zero or cfg.engine.fsdp)): return "unify_rl"
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", n))
+    nodes = "" if n == here else f"--nnodes {n // here} --rdzv_backend c10d --rdzv_endpoint HEAD:29500 "
+    return f"torchrun {nodes}--nproc_per_node {here} -m unify_rl"
 
 # %% ../nbs/75_run.ipynb #prepare
 def own_settings(
@@ -354,13 +406,23 @@ RESULTS = ("summary.json", "report.html", "eval/after.json", "policy")      # wh
 def _forget_results(folder: Path) -> None:
     for name in RESULTS: shutil.rmtree(folder/name) if (folder/name).is_dir() else (folder/name).unlink(missing_ok=True)
 
-def _save_policy(policy: Policy, folder: Path) -> None:
-    "Write the trained policy in its own layout, whole or not at all."
-    if folder.exists(): return
-    tmp = folder.with_name(".tmp-policy")
+def _save_policy(engine: Engine, folder: Path) -> None:
+    "Write the trained policy in its own layout, whole or not at all; all processes must ask."
+    if not engine.any(engine.main and not folder.exists()): return
+    masters = engine.state().get("params", {}) if any(p.dtype != torch.float32 for p in engine.trained.values()) else {}
+    with engine.whole() as policy:
+        if engine.main: _write_policy(policy, folder, {} if policy.has_adapter else masters)
+
+def _write_policy(policy: Policy, folder: Path, masters: dict) -> None:
+    "`masters`: name -> tensor, in place of the parameters that are only copies of them."
+    tmp, copies = folder.with_name(".tmp-policy"), {p: p.data for name, p in policy.named_parameters() if name in masters}
     shutil.rmtree(tmp, ignore_errors=True)
-    try: policy.save_pretrained(tmp)
+    try:
+        for name, p in policy.named_parameters(): p.data = masters.get(name, p.data)
+        policy.save_pretrained(tmp)
     except OSError as e: raise UserError(f"cannot write {folder}: {e.strerror or e}. Free some space, then resume") from e
+    finally:
+        for p, data in copies.items(): p.data = data
     tmp.rename(folder)
 
 def _finish(cfg: Config, log: RunLog, before: dict, after: dict, screen: Screen, steps: int, more: dict, on: str) -> None:
@@ -376,8 +438,10 @@ def _finish(cfg: Config, log: RunLog, before: dict, after: dict, screen: Screen,
 
 @contextlib.contextmanager
 def quiet():
-    "Keep the libraries' own chatter off the screen, and let SIGTERM be as polite as Ctrl-C."
-    def stop(number, frame): raise KeyboardInterrupt
+    "Keep the libraries' own chatter off the screen, and let SIGTERM be as polite as Ctrl-C, however often it comes."
+    def stop(number, frame):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise KeyboardInterrupt
     calm = lambda record: record.levelno > logging.WARNING
     logging.getLogger("DeepSpeed").addFilter(calm)
     from transformers.utils import logging as chatter
@@ -385,7 +449,10 @@ def quiet():
     chatter.disable_progress_bar()
     try: old = signal.signal(signal.SIGTERM, stop)
     except ValueError: old = None                                            # not the main thread
-    try: yield
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning)       # what a library will do in its next version
+            yield
     finally:
         if old is not None: signal.signal(signal.SIGTERM, old)
         logging.getLogger("DeepSpeed").removeFilter(calm)
@@ -409,41 +476,43 @@ def train(
     given, screen = [*own_settings(prompts, rewards), *as_overrides(settings), *overrides], Screen(progress and is_main())
     cfg = (resumed_config if resume else load_config)(recipe, policy, config_file, given)
     screen.say(to_yaml(cfg), style="dim")
-    with quiet():
-        try: (_run_stages if cfg.stages else _run_one)(cfg, resume, prompts, rewards, screen)
-        except KeyboardInterrupt: raise KeyboardInterrupt(f"interrupted; continue with\n  {resume_command(cfg)}") from None
+    listening = stop_on_signal() if ranks()[1] > 1 else contextlib.nullcontext()          # one process stops at once, except in a step
+    with quiet(), listening as asked, _alone(cfg):
+        try: (_run_stages if cfg.stages else _run_one)(cfg, resume, prompts, rewards, screen, asked)
+        except Stopped as e: screen.say(f"stopped {e}. Continue with\n  {resume_command(cfg)}")
+        except KeyboardInterrupt:
+            begun = (Path(cfg.run_dir)/"config.yaml").exists()
+            raise KeyboardInterrupt(f"interrupted; continue with\n  {resume_command(cfg)}" if begun else "interrupted before there was anything to save") from None
     return Run(cfg.run_dir)
 
-def _run_one(cfg: Config, resume: bool, prompts: list | None, rewards: list | None, screen: Screen, known: tuple | None = None) -> bool:
-    "One recipe; `known` is (run folder, test) of how the policy did before, if that has been tested. True if it got to the end."
+def _alone(cfg: Config):
+    "Hold the run folder for the process that writes."
+    return held(cfg.run_dir) if is_main() else contextlib.nullcontext()
+
+def _run_one(cfg: Config, resume: bool, prompts: list | None, rewards: list | None, screen: Screen, asked: Callable | None, known: tuple | None = None) -> None:
+    "One recipe; `known` is (run folder, test) of how the policy did before, if that has been tested. `asked`: has a signal asked this process, one of several, to stop?"
     trainer = _prepare(cfg, resume, prompts, rewards, screen)
     log, engine = trainer.log, trainer.engine
-    def tested(name: str) -> dict | None:
-        "The verdicts of a test, which all processes make together if it has not been made; only the first process has them."
-        found = read_verdicts(log.dir, name) if engine.main else None
-        if engine.any(found is not None): return found
-        with engine.sampling() as policy: made = run_suites(policy, cfg.evaluate, cfg.seed, cfg.rollout.max_text, screen, name, engine)
-        if engine.main: write_verdicts(log, name, made)
-        return made
+    test = lambda name: tested(log, name, engine.sampling, cfg.evaluate, engine, seed=cfg.seed, max_text=cfg.rollout.max_text, screen=screen, asked=asked)
     if known and engine.main and not (log.dir/"eval"/"before.json").exists(): take_verdicts(log, "before", *known)
-    before = tested("before")
+    before = test("before")
     if resume and engine.any(engine.main and bool(checkpoints(log.dir/"checkpoints"))):
         for note in trainer.load(): screen.say(note, style="yellow")
     if trainer.done > cfg.steps: raise UserError(f"{log.dir} has {trainer.done} steps already; steps={cfg.steps} would be fewer")
     if resume: screen.say(f"continuing after step {trainer.done}")
     if trainer.done < cfg.steps and engine.main: _forget_results(log.dir)
-    with screen.training(cfg.steps) as show: arrived = trainer.run(show)
-    if not arrived:
-        screen.say(f"stopped after step {trainer.done}; everything is saved. Continue with\n  {resume_command(cfg)}")
-        return False
-    with engine.whole() as policy:
-        if engine.main: _save_policy(policy, log.dir/"policy")
-    after = tested("after")
+    with screen.training(cfg.steps) as show:
+        try: arrived = trainer.run(show, asked)
+        except NotFinite as e:
+            on = f"\n  {resume_command(cfg, f'optimizer.lr={cfg.optimizer.lr / 10:g}')}" if checkpoints(log.dir/"checkpoints") else ""
+            raise UserError(f"{e}{on}") from None
+    if not arrived: raise Stopped(f"after step {trainer.done}; everything is saved")
+    _save_policy(engine, log.dir/"policy")
+    after = test("after")
     if engine.main:
         data = {k: v for k, v in json.loads((log.dir/"data.json").read_bytes()).items() if k != "why"}
-        _finish(cfg, log, before, after, screen, cfg.steps, dict(data=data), f"{resume_command(cfg)} steps={2 * cfg.steps}      (train on)")
+        _finish(cfg, log, before, after, screen, cfg.steps, dict(data=data), f"{resume_command(cfg, f'steps={2 * cfg.steps}')}      (train on)")
     engine.barrier()
-    return True
 
 # %% ../nbs/75_run.ipynb #staged
 OF_THE_RUN = ("recipe:", "policy:", "task:", "seed:", "run_dir:", "threads:", "on_error:", "log.", "checkpoint.", "evaluate.", "engine.", "stages:")
@@ -470,33 +539,32 @@ def stage_starts(cfg: Config) -> dict[str, str]:
     before = ["base", *(s.name for s in cfg.stages)]
     return {s.name: "base" if s.merge else s.start or before[i] for i, s in enumerate(cfg.stages)}
 
-def _run_stages(cfg: Config, resume: bool, prompts: list | None, rewards: list | None, screen: Screen) -> bool:
-    "Stage after stage; True if it got to the end."
+def _run_stages(cfg: Config, resume: bool, prompts: list | None, rewards: list | None, screen: Screen, asked: Callable | None) -> None:
+    "Stage after stage."
     if prompts is not None or rewards is not None: raise UserError(f"{cfg.recipe} consists of stages, each with its own prompts and rewards; train one of them with yours")
     if cfg.threads: torch.set_num_threads(cfg.threads)
     plan, starts = stage_configs(cfg), stage_starts(cfg)
     max_text = max(c.rollout.max_text for _, c in plan if c)
     crew, run_dir = Crew(cfg.engine.timeout), Path(cfg.run_dir)
     there = lambda path: crew.any(crew.main and path.exists())
-    test = lambda policy, title: run_suites(policy, cfg.evaluate, cfg.seed, max_text, screen, title, crew)
-    base = None if there(run_dir/"eval"/"before.json") else load_policy(cfg.policy)            # what is wrong with it is said before a folder is made
+    how = dict(seed=cfg.seed, max_text=max_text, screen=screen, asked=asked)
+    test = lambda log, name, title, policy: tested(log, name, lambda: contextlib.nullcontext(policy()), cfg.evaluate, crew, title, **how)
+    found = read_verdicts(run_dir, "before") if crew.main else None
+    base = None if crew.any(found is not None and all(s in found for s in cfg.evaluate.suites)) else load_policy(cfg.policy)     # before there is a log
     log = RunLog(cfg.run_dir, resume) if crew.main else Onlooker(run_dir)
     if crew.main: write_aside(log.dir/"config.yaml", to_yaml(cfg))
-    if base:
-        verdicts = test(base, "before")
-        if crew.main: write_verdicts(log, "before", verdicts)
+    if base: test(log, "before", "before", lambda: base)
     del base                                                             # each stage loads what it starts from
-    tested = {"base": (log.dir, "before")}
+    known = {"base": (log.dir, "before")}
     for s, c in plan:
         folder = log.dir/s.name
         screen.say(f"\nstage {s.name}: {f'merge of {chr(44).join(s.merge)}' if s.merge else f'{s.recipe}, from {starts[s.name]}'}")
         if c and not there(folder/"summary.json"):
-            if not _run_one(c, there(folder/"config.yaml"), None, None, screen, tested[starts[s.name]]): return False
+            with _alone(c): _run_one(c, there(folder/"config.yaml"), None, None, screen, asked, known[starts[s.name]])
         if s.merge: _run_merge(cfg, s, log.dir, test, crew)
-        tested[s.name] = (folder, "after")
-    if crew.main: _finish_stages(cfg, log, plan, starts, tested, screen)
+        known[s.name] = (folder, "after")
+    if crew.main: _finish_stages(cfg, log, plan, starts, known, screen)
     crew.barrier()
-    return True
 
 def _finish_stages(cfg: Config, log: RunLog, plan: list, starts: dict, tested: dict, screen: Screen) -> None:
     "What the stages have done, as the run's own result."
@@ -514,9 +582,7 @@ def _run_merge(cfg: Config, s: StageConfig, run_dir: Path, test: Callable, crew:
     folder = run_dir/s.name
     if crew.main and not (folder/"policy").exists(): merge_policies(cfg.policy, [run_dir/name/"policy" for name in s.merge], folder/"policy", s.method)
     crew.barrier()
-    if crew.any(crew.main and read_verdicts(folder, "after") is not None): return
-    verdicts = test(load_policy(folder/"policy"), s.name)
-    if crew.main: write_verdicts(RunLog(folder, resume=True), "after", verdicts)
+    test(RunLog(folder, resume=True) if crew.main else Onlooker(folder), "after", s.name, lambda: load_policy(folder/"policy"))
 
 def _join_stages(log: RunLog, names: list[str]) -> None:
     "The metrics of all stages in one table, steps counted through."

@@ -13,8 +13,9 @@ import os
 import random
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -24,9 +25,9 @@ from safetensors.torch import load as tensors_from_bytes, save as tensors_to_byt
 from ..core import UserError
 
 # %% auto #0
-__all__ = ['FORMAT', 'SHARD_BYTES', 'pack', 'unpack', 'rng_state', 'set_rng_state', 'write_file', 'sync_folder', 'shards',
-           'write_state', 'read_manifest', 'read_file', 'problem', 'read_state', 'checkpoints', 'discard', 'swap_in',
-           'rotate', 'save_checkpoint', 'load_checkpoint']
+__all__ = ['FORMAT', 'SHARD_BYTES', 'THREADS', 'pack', 'unpack', 'rng_state', 'set_rng_state', 'each', 'write_file',
+           'sync_folder', 'shards', 'write_state', 'read_manifest', 'read_file', 'problem', 'read_state', 'checkpoints',
+           'discard', 'swap_in', 'rotate', 'save_checkpoint', 'load_checkpoint']
 
 # %% ../../nbs/50_train.checkpoint.ipynb #pack
 def pack(
@@ -104,7 +105,14 @@ def set_rng_state(state: dict) -> None:
 
 # %% ../../nbs/50_train.checkpoint.ipynb #write
 FORMAT = 1                      # of the folder layout, kept in the manifest
-SHARD_BYTES = 2**30             # a tensor file is closed when it reaches this size
+SHARD_BYTES = 2**28             # a tensor file is closed when it reaches this size
+THREADS = 4                     # files that are hashed, written or read at a time
+
+def each(work: Callable, items: Iterable) -> list:
+    "`work` of every item, in order, some at a time. The first mistake ends it, and no further one is begun."
+    pool = ThreadPoolExecutor(THREADS)
+    try: return list(pool.map(work, items))
+    finally: pool.shutdown(cancel_futures=True)
 
 def write_file(
     path: Path,
@@ -136,10 +144,8 @@ def shards(tensors: dict, size: int = SHARD_BYTES) -> Iterator[dict]:
 def write_state(folder: Path, step: int, state: Any) -> None:
     "Write the tensor files, `state.json` and, last, `manifest.json` into an empty folder."
     tensors, skeleton = pack(state)
-    files = {}
-    for i, shard in enumerate(shards(tensors)):
-        name = f"tensors-{i:05d}.safetensors"
-        files[name] = write_file(folder/name, tensors_to_bytes(shard))
+    named = {f"tensors-{i:05d}.safetensors": shard for i, shard in enumerate(shards(tensors))}
+    files = dict(zip(named, each(lambda name: write_file(folder/name, tensors_to_bytes(named[name])), named)))
     files["state.json"] = write_file(folder/"state.json", json.dumps({"step": step, "state": skeleton}, allow_nan=False).encode())
     write_file(folder/"manifest.json", json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1).encode())
     sync_folder(folder)
@@ -174,15 +180,16 @@ def problem(
 ) -> str:                   # '' if nothing is wrong
     "What is wrong with a checkpoint."
     try:
-        for name, entry in read_manifest(path).items(): read_file(path/name, entry, deep)
+        files = read_manifest(path)
+        each(lambda name: len(read_file(path/name, files[name], deep)), files)
     except (ValueError, OSError) as e: return str(e)
     return ""
 
 def read_state(path: Path) -> tuple[int, Any]:     # (step, state)
     "Verify and read one checkpoint folder; ValueError says what is wrong with it."
-    data = {name: read_file(path/name, entry) for name, entry in read_manifest(path).items()}
-    head, tensors = json.loads(data.pop("state.json")), {}
-    for raw in data.values(): tensors |= tensors_from_bytes(raw)
+    files = read_manifest(path)
+    head, tensors = json.loads(read_file(path/"state.json", files.pop("state.json"))), {}
+    for some in each(lambda name: tensors_from_bytes(read_file(path/name, files[name])), files): tensors |= some
     return head["step"], unpack(tensors, head["state"])
 
 # %% ../../nbs/50_train.checkpoint.ipynb #save

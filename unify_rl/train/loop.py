@@ -10,6 +10,7 @@ import importlib.util
 import json
 import math
 import signal
+import sys
 import time
 from collections import defaultdict
 from dataclasses import asdict
@@ -27,13 +28,13 @@ from ..grpo.objective import objective, token_weights
 from ..policies.base import Policy
 from ..rewards.siglip import load_siglip
 from ..rewards.verifiable import all_answers, ask_ahead, score
-from .checkpoint import load_checkpoint, rng_state, save_checkpoint, set_rng_state
+from .checkpoint import checkpoints, load_checkpoint, rng_state, save_checkpoint, set_rng_state
 from .config import Config
 from .engine import build_engine
 from .runlog import PATH_PIXELS, RunLog, action_columns, path_frames
 
 # %% auto #0
-__all__ = ['KINDS', 'part_weights', 'lr_factor', 'Trainer', 'phase', 'stop_on_signal']
+__all__ = ['KINDS', 'part_weights', 'lr_factor', 'NotFinite', 'Trainer', 'phase', 'stop_on_signal']
 
 # %% ../../nbs/53_train.loop.ipynb #share
 KINDS = ("text", "image")
@@ -66,6 +67,9 @@ def lr_factor(step: int, steps: int, warmup: int, schedule: str) -> float:
     return dict(constant=1.0, linear=1 - done, cosine=0.5 * (1 + math.cos(math.pi * done)))[schedule]
 
 # %% ../../nbs/53_train.loop.ipynb #trainer
+class NotFinite(UserError):
+    "A run whose gradients are no numbers any more; a lower learning rate or another precision may continue it."
+
 class Trainer:
     "Group-relative policy optimization of any policy with any rewards."
     def __init__(self, cfg: Config, policy: Policy, stream: PromptStream, rewards: list, weights_R: torch.Tensor, log: RunLog):
@@ -254,10 +258,16 @@ class Trainer:
         self.lr = o.lr * lr_factor(self.done, self.cfg.steps, o.warmup, o.schedule)
         norm, moved = self.engine.step(self.lr, passes)
         self.skipped = 0 if moved else self.skipped + bool(self.engine.any(passes > 0))
-        if self.skipped >= 10:
-            raise UserError("ten steps in a row had a gradient that was not finite; lower optimizer.lr, or use model.precision=fp32. "
-                            "The last checkpoint is from before")
+        if self.skipped >= 10: raise NotFinite(f"ten steps in a row had a gradient that was not finite, the last of them after step {self.done}. {self._left()}")
         return norm
+
+    def _left(self) -> str:
+        "What there is to go back to."
+        cure, there = "lower optimizer.lr (or model.precision=fp32)", checkpoints(self.log.dir/"checkpoints")
+        if not there: return f"No checkpoint was saved before: start again in another run_dir with a {cure}."
+        *older, newest = there
+        after_that = f"delete {there[newest]}: it then continues after step {older[-1]}" if older else "start again in another run_dir"
+        return f"The newest checkpoint is of step {newest}: continue it with a {cure}. If that stops as well, {after_that}."
 
     # -- what people see
     def _metrics(self, rollout, table, adv: Advantages, own_B: torch.Tensor, stats: dict, clock: dict) -> dict:
@@ -299,9 +309,14 @@ class Trainer:
         self.log.log_groups(self.done, out, images, sources, frames)
 
     # -- the run
-    def run(self, on_step: Callable | None = None) -> bool:
-        "Train to `cfg.steps`; True if it got there, False if a signal asked it to stop (then everything is saved)."
-        with stop_on_signal(self):
+    def run(
+        self,
+        on_step: Callable | None = None,            # called with (finished steps, metrics)
+        asked: Callable[[], bool] | None = None,    # has a signal asked this process to stop? None: listen for one
+    ) -> bool:
+        "Train to `cfg.steps`; True if it got there, False if a signal asked one of the processes to stop (then everything is saved)."
+        with contextlib.nullcontext(asked) if asked else stop_on_signal() as asked:
+            due, self.stopping = False, self.engine.any(asked())            # all stop together, so what counts is the vote and not the signal
             while self.done < self.cfg.steps and not self.stopping:
                 metrics = self.step()
                 if self.engine.main:
@@ -309,22 +324,26 @@ class Trainer:
                     self.accelerator.log({k: v for k, v in metrics.items() if isinstance(v, float)}, step=self.done)
                 if on_step: on_step(self.done, metrics)
                 every = self.cfg.checkpoint.every
-                self.stopping = self.engine.any(self.stopping)                  # a signal may have reached one process only
-                if self.stopping or self.done == self.cfg.steps or (every and self.done % every == 0): self.save()
+                self.stopping = self.engine.any(self.stopping or asked())
+                due = due or (bool(every) and self.done % every == 0)
+                if self.stopping or self.done == self.cfg.steps or (due and not self.skipped):
+                    self.save()
+                    due = False
         return self.done >= self.cfg.steps
 
     def save(self) -> None:
-        "Write a checkpoint: what trains, the optimizer, every random state, the cursor. A disk that is full ends all processes."
+        "Write a checkpoint: what trains, the optimizer, every random state, the cursor. While steps are skipped the older ones stay. A disk that is full ends all processes."
         state = self.engine.state()
         if self.engine.main:
-            state |= dict(rng=rng_state(), skipped=self.skipped)
+            state |= dict(rng=rng_state())
             if self.learners: state["learners"] = {name: r.learner.state_dict() for name, r in self.learners.items()}
-        self.engine.first(lambda: save_checkpoint(self.log.dir / "checkpoints", self.done, state, self.cfg.checkpoint.keep))
+        keep = sys.maxsize if self.skipped else self.cfg.checkpoint.keep
+        self.engine.first(lambda: save_checkpoint(self.log.dir / "checkpoints", self.done, state, keep))
 
     def load(self) -> list:
         "Continue from the newest good checkpoint, written by any number of processes; returns notes about damaged ones, the same on all."
         done, state, notes = self.engine.first(lambda: load_checkpoint(self.log.dir / "checkpoints")) or (0, {}, [])
-        self.done, self.skipped = (int(n) for n in self.engine.sum([done, state.get("skipped", 0)]))
+        self.done, self.skipped = int(self.engine.sum([done])[0]), 0
         self.engine.load(state)
         notes = json.loads(self.engine.share_text(json.dumps(notes))[0])
         if not self.engine.main: return notes
@@ -358,13 +377,15 @@ def _per_sample(part, logp_BT, kl_BT, o) -> dict:
     return {int(b): dict(clip_fraction=c, kl=k) for b, c, k in zip(part.rows.tolist(), clip.tolist(), kl.tolist())}
 
 @contextlib.contextmanager
-def stop_on_signal(trainer: Trainer):
-    "SIGINT or SIGTERM asks the trainer to stop after the step; a second one interrupts at once."
+def stop_on_signal(patience: float = 1.0):     # seconds in which Ctrl-C may arrive once more and mean the same
+    "Gives a function that says whether SIGINT or SIGTERM has asked to stop; SIGINT after a while interrupts at once."
+    since: list[float] = []
     def ask(number, frame):
-        if trainer.stopping: raise KeyboardInterrupt
-        trainer.stopping = True
-    try: old = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError: old = {}                     # not the main thread: nobody can send us signals
-    try: yield
+        if since and number == signal.SIGINT and time.monotonic() - since[0] > patience: raise KeyboardInterrupt
+        since.append(time.monotonic())
+    old = {}
+    with contextlib.suppress(ValueError):           # not the main thread: nobody can send us signals
+        for s in (signal.SIGINT, signal.SIGTERM): old[s] = signal.signal(s, ask)
+    try: yield lambda: bool(since)
     finally:
         for s, handler in old.items(): signal.signal(s, handler)

@@ -11,17 +11,19 @@ import math
 import os
 import re
 import shutil
+import socket
+import time
 from pathlib import Path
-from typing import Any, Callable, Iterator, Sequence
+from typing import IO, Any, Callable, Iterator, Sequence
 
 import numpy as np
 
 from ..core import UserError, nearest
 
 # %% auto #0
-__all__ = ['COLUMNS', 'FAMILIES', 'PATH_PIXELS', 'plain', 'writing', 'write_aside', 'run_folder', 'read_metrics', 'groups_table',
-           'save_png', 'logged_steps', 'read_rows', 'read_groups', 'picture_path', 'read_samples', 'write_summary',
-           'read_summary', 'action_columns', 'path_frames', 'RunLog']
+__all__ = ['COLUMNS', 'FAMILIES', 'PATH_PIXELS', 'LOCK', 'plain', 'writing', 'write_aside', 'run_folder', 'read_metrics',
+           'groups_table', 'save_png', 'logged_steps', 'read_rows', 'read_groups', 'picture_path', 'read_samples',
+           'write_summary', 'read_summary', 'action_columns', 'path_frames', 'held', 'RunLog']
 
 # %% ../../nbs/51_train.runlog.ipynb #plain
 def plain(x: Any) -> Any:
@@ -268,6 +270,47 @@ def _states(part, b: int):
     path = part.actions[int(at[0, 0])]                                      # [T, 2, L, C]
     return torch.cat([path[:1, 0], path[:, 1]])
 
+# %% ../../nbs/51_train.runlog.ipynb #held
+LOCK = ".lock"          # in a run folder, while somebody writes there
+
+@contextlib.contextmanager
+def held(run_dir: str | Path) -> Iterator[None]:
+    "Hold a run folder, made if need be, for this process alone; what was made for it and stayed empty is removed again."
+    folder = Path(run_dir)
+    with writing(folder):
+        made = [p for p in (folder, *folder.parents) if not p.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        f = _locked(folder/LOCK)
+    try: yield
+    finally:
+        with contextlib.suppress(OSError):
+            if _is_at(f, folder/LOCK): (folder/LOCK).unlink()
+        f.close()
+        with contextlib.suppress(OSError):
+            for p in made: p.rmdir()
+
+def _locked(path: Path) -> IO:
+    "The open lock file, or an error that says who has it."
+    while True:
+        f = open(path, "a+")
+        try: _lock(f)
+        except BlockingIOError:
+            with f: f.seek(0); who = f.read() or "another process"
+            raise UserError(f"{path.parent} is in use: {who} writes into it. Wait until that has ended, or stop it; another run needs another run_dir (run_dir=...)") from None
+        if _is_at(f, path): break                   # else the one before has just ended, and taken the file with it
+        f.close()
+    f.truncate(0); f.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')},"); f.flush()
+    return f
+
+def _lock(f: IO) -> None:
+    try: import fcntl
+    except ImportError: return                      # a system without such locks
+    try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError: raise
+    except OSError: pass                            # a disk without them
+
+def _is_at(f: IO, path: Path) -> bool: return path.exists() and os.path.samestat(os.fstat(f.fileno()), path.stat())
+
 # %% ../../nbs/51_train.runlog.ipynb #runlog
 class RunLog:
     "Writes a run folder: metrics, groups, and samples of evaluations."
@@ -277,7 +320,7 @@ class RunLog:
     ):
         self.dir = Path(run_dir)
         if resume and not self.dir.is_dir(): raise UserError(f"nothing to resume: there is no run folder {self.dir}")
-        if not resume and self.dir.is_dir() and any(p.name != "launch" for p in self.dir.iterdir()):      # what a launcher wrote is no run
+        if not resume and self.dir.is_dir() and any(p.name not in ("launch", LOCK) for p in self.dir.iterdir()):      # what a launcher wrote is no run
             raise UserError(f"{self.dir} already holds a run: continue it with --resume, or choose another run_dir (run_dir=...)")
         with writing(self.dir): (self.dir/"groups").mkdir(parents=True, exist_ok=True)
         self.truncate(math.inf)
