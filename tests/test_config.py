@@ -250,7 +250,7 @@ def layered(tmp_path, monkeypatch):
     (tmp_path/"base.yaml").write_text("steps: 10\nseed: 1\nrollout: {prompts: 4, group_size: 4}\n"
                                       "rewards: [{name: a}]\npolicy: small\n"
                                       "data: {tasks: {generate: .5, answer: .5}}\n"
-                                      "policies: {small: {steps: 20, seed: 2, rollout: {prompts: 5}}, Big-1B: {seed: 9}}\n")
+                                      "policies: {small: {steps: 20, seed: 2, rollout: {prompts: 5}}, Big-1B: {seed: 9}, team/Large-7B: {seed: 4}}\n")
     monkeypatch.setattr(C, "_recipe_folder", lambda: tmp_path)
     return tmp_path
 
@@ -261,7 +261,7 @@ def test_precedence_of_the_layers(layered):
     assert [r.name for r in c.rewards] == ["a"] and c.data.tasks == {"answer": 1.0} and c.recipe == "base"
     assert load_config("base", overrides=["seed=4"]).seed == 4
 
-@pytest.mark.parametrize("policy,seed", [("small", 2), ("Big-1B", 9), ("org/Big-1B", 9), ("/models/Big-1B", 9), ("other", 1)])
+@pytest.mark.parametrize("policy,seed", [("small", 2), ("Big-1B", 9), ("org/Big-1B", 9), ("/models/Big-1B", 9), ("team/Large-7B", 4), ("/models/Large-7B", 4), ("other", 1)])
 def test_the_overlay_follows_the_policy_wherever_it_is_chosen(policy, seed, layered):
     (layered/"my.yml").write_text(f"policy: {policy}\n")
     for c in (load_config("base", policy), load_config("base", config_file=layered/"my.yml"),

@@ -439,7 +439,7 @@ def load_config(
     def build(task, name, overrides):
         tree = {"recipe": recipe}
         for layer, overlays in layers:
-            of_policy = overlays["policies"].get(name) or overlays["policies"].get(Path(name).name) or {}
+            of_policy = overlays["policies"].get(name) or {Path(k).name: v for k, v in overlays["policies"].items()}.get(Path(name).name) or {}
             for settings in (layer, overlays["tasks"].get(task, {}), of_policy): tree = merge(Config, tree, settings)
         return apply_overrides(from_dict(Config, tree), overrides)
 
