@@ -730,6 +730,14 @@ def until(path, seconds=15):
         time.sleep(0.05)
 
 
+@pytest.fixture(autouse=True)
+def signals_as_at_a_terminal():
+    "What a script starts in its background ignores SIGINT and SIGQUIT, and so would the scripts here, which are sent some."
+    old = {s: signal.signal(s, usual) for s, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGQUIT, signal.SIG_DFL)) if signal.getsignal(s) == signal.SIG_IGN}
+    yield
+    for s, handler in old.items(): signal.signal(s, handler)
+
+
 pgrep = pytest.mark.skipif(not any((Path(d)/"pgrep").exists() for d in os.environ["PATH"].split(os.pathsep)), reason="no pgrep here")
 
 @pgrep
